@@ -1,0 +1,71 @@
+"""Finished work, by content: module text and pass options → module; any key → a small record.
+
+A second compile with another budget finds everything up to the scores here; a killed compile finds
+the layers that it had finished. Entries are plain text and JSON; deleting the folder loses only time.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gammac import __version__
+from gammac.diagnostics import CompileError
+from gammac.files import write_atomically
+from gammac.ir import Module, parse, to_text
+
+if TYPE_CHECKING:
+    from gammac.pipeline import Context, Pass
+
+
+def key_of(*parts: str) -> str:
+    """A digest of some texts and of gammac's version."""
+    return hashlib.sha256("\0".join([__version__, *parts]).encode()).hexdigest()
+
+
+class PassCache:
+    """Without a folder it remembers nothing."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+
+    def module_of(self, pass_: "Pass", module: Module, ctx: "Context") -> tuple[Module, bool]:
+        """The result of a pass, and whether it was found here rather than computed."""
+        from gammac.pipeline import full_options_text
+
+        if self.folder is None:
+            return pass_.run(module, ctx), False
+        key = key_of(to_text(module), full_options_text(pass_), ctx.fingerprint(pass_.reads))
+        path = self._path("modules", key, "gir")
+        found = self._read_module(path, ctx)
+        if found is not None:
+            return found, True
+        result = pass_.run(module, ctx)
+        write_atomically(path, to_text(result).encode())
+        return result, False
+
+    def _read_module(self, path: Path, ctx: "Context") -> Module | None:
+        if not path.exists():
+            return None
+        try:
+            module = parse(path.read_text(), str(path))
+        except (CompileError, UnicodeDecodeError):  # a damaged entry costs time, never a wrong result
+            return None
+        return module if all(w.digest in ctx.store for w in module.weights.values()) else None
+
+    def record(self, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """A JSON record by key, computed when it is missing."""
+        if self.folder is None:
+            return compute()
+        path = self._path("records", key, "json")
+        try:
+            found: dict[str, Any] = json.loads(path.read_text())
+        except (OSError, ValueError):
+            found = compute()
+            write_atomically(path, json.dumps(found, sort_keys=True).encode())
+        return found
+
+    def _path(self, kind: str, key: str, suffix: str) -> Path:
+        assert self.folder is not None
+        return self.folder / kind / key[:2] / f"{key}.{suffix}"
