@@ -21,6 +21,11 @@ constexpr size_t kSerialWork = 192 << 10;   // weights x rows below which waking
 constexpr size_t kManyRows = 32;            // from here the activations are quantised in parallel
 constexpr int64_t kLargest = int64_t{1} << 31;  // of N and K: keeps every size product in range
 
+// The two names the kernel goes by; what ONNX Runtime holds on to must outlive every session.
+OrtCustomOp g_symmetric, g_with_zeros;
+
+bool has_zeros(const OrtCustomOp* op) { return op == &g_with_zeros; }
+
 struct Kernel {
   ort::Api api;
   Shape shape;
@@ -41,23 +46,21 @@ OrtStatus* outside(const ort::Api& api, const char* what, int64_t found, const c
   return api.error(message);
 }
 
-OrtStatus* read_shape(const ort::Api& api, const OrtKernelInfo* info, Shape* s) {
-  int64_t n, k, bits, group, asymmetric;
+OrtStatus* read_shape(const ort::Api& api, const OrtKernelInfo* info, bool asymmetric, Shape* s) {
+  int64_t n, k, bits, group;
   RETURN_IF(api.attribute(info, "N", &n));
   RETURN_IF(api.attribute(info, "K", &k));
   RETURN_IF(api.attribute(info, "bits", &bits));
   RETURN_IF(api.attribute(info, "group", &group));
-  RETURN_IF(api.attribute(info, "asymmetric", &asymmetric));
   if (n < 1 || n > kLargest) return outside(api, "attribute N", n, "1 to 2^31");
   if (k < 1 || k > kLargest) return outside(api, "attribute K", k, "1 to 2^31");
   if (bits < 1 || bits > 8) return outside(api, "attribute bits", bits, "1 to 8");
   if (group < 1 || (group % 32 && group != k)) return outside(api, "attribute group", group, "K or a multiple of 32");
-  if (asymmetric != 0 && asymmetric != 1) return outside(api, "attribute asymmetric", asymmetric, "0 or 1");
   s->n = static_cast<size_t>(n);
   s->k = static_cast<size_t>(k);
   s->bits = static_cast<int>(bits);
   s->group = static_cast<size_t>(group);
-  s->asymmetric = asymmetric == 1;
+  s->asymmetric = asymmetric;
   s->strips = (s->n + kStrip - 1) / kStrip;
   s->chunks = (s->k + kChunk - 1) / kChunk;
   s->groups = group >= k ? 1 : (s->k + s->group - 1) / s->group;
@@ -84,11 +87,11 @@ OrtStatus* choose_isa(const ort::Api& api, const Isa** out) {
   return api.error("gammac::MatMulAnyBits: GAMMAC_ISA names no instruction set that this processor has");
 }
 
-OrtStatus* create(const OrtCustomOp*, const OrtApi* table, const OrtKernelInfo* info, void** out) {
+OrtStatus* create(const OrtCustomOp* op, const OrtApi* table, const OrtKernelInfo* info, void** out) {
   const ort::Api api(table);
   Shape shape;
   const Isa* isa = nullptr;
-  RETURN_IF(read_shape(api, info, &shape));
+  RETURN_IF(read_shape(api, info, has_zeros(op), &shape));
   RETURN_IF(choose_isa(api, &isa));
   auto* kernel = static_cast<Kernel*>(malloc(sizeof(Kernel)));
   if (!kernel) return api.error("gammac::MatMulAnyBits: out of memory");
@@ -231,42 +234,35 @@ OrtStatus* compute(void* state, OrtKernelContext* context) {
   return failed;
 }
 
-const char* name(const OrtCustomOp*) { return "MatMulAnyBits"; }
+const char* name(const OrtCustomOp* op) { return has_zeros(op) ? "MatMulAnyBitsZeros" : "MatMulAnyBits"; }
 const char* provider(const OrtCustomOp*) { return "CPUExecutionProvider"; }
-size_t input_count(const OrtCustomOp*) { return 4; }
+size_t input_count(const OrtCustomOp* op) { return has_zeros(op) ? 4 : 3; }
 size_t output_count(const OrtCustomOp*) { return 1; }
 int input_type(const OrtCustomOp*, size_t i) { return i == 0 ? ort::kFloat : i == 2 ? ort::kFloat16 : ort::kUint8; }
 int output_type(const OrtCustomOp*, size_t) { return ort::kFloat; }
-int input_kind(const OrtCustomOp*, size_t i) { return i == 3 ? ort::kOptional : ort::kRequired; }
-int output_kind(const OrtCustomOp*, size_t) { return ort::kRequired; }
-int zero(const OrtCustomOp*) { return 0; }
-int zero_of(const OrtCustomOp*, size_t) { return 0; }
+int required(const OrtCustomOp*, size_t) { return 0; }
+int default_memory(const OrtCustomOp*, size_t) { return 0; }
+int none(const OrtCustomOp*) { return 0; }
 int start_version(const OrtCustomOp*) { return 1; }
 int end_version(const OrtCustomOp*) { return INT32_MAX; }
 
-const OrtCustomOp* op() {
-  static OrtCustomOp it = [] {
-    OrtCustomOp made{};
-    made.version = ort::kApiVersion;
-    made.name = name;
-    made.execution_provider = provider;
-    made.input_type = input_type;
-    made.input_count = input_count;
-    made.output_type = output_type;
-    made.output_count = output_count;
-    made.destroy = destroy;
-    made.input_kind = input_kind;
-    made.output_kind = output_kind;
-    made.input_memory = zero_of;
-    made.variadic_input_min = made.variadic_input_same = zero;
-    made.variadic_output_min = made.variadic_output_same = zero;
-    made.create_kernel_v2 = create;
-    made.compute_v2 = compute;
-    made.start_version = start_version;
-    made.end_version = end_version;
-    return made;
-  }();
-  return &it;
+void describe(OrtCustomOp* op) {
+  op->version = ort::kApiVersion;
+  op->name = name;
+  op->execution_provider = provider;
+  op->input_type = input_type;
+  op->input_count = input_count;
+  op->output_type = output_type;
+  op->output_count = output_count;
+  op->destroy = destroy;
+  op->input_kind = op->output_kind = required;
+  op->input_memory = default_memory;
+  op->variadic_input_min = op->variadic_input_same = none;
+  op->variadic_output_min = op->variadic_output_same = none;
+  op->create_kernel_v2 = create;
+  op->compute_v2 = compute;
+  op->start_version = start_version;
+  op->end_version = end_version;
 }
 
 }  // namespace
@@ -278,8 +274,13 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
   const ort::Api api(table);
   static OrtCustomOpDomain* domain = nullptr;  // sessions keep pointers to it: made once, never released
   if (!domain) {
-    RETURN_IF(api.create_domain("gammac", &domain));
-    RETURN_IF(api.add_op(domain, op()));
+    describe(&g_symmetric);
+    describe(&g_with_zeros);
+    OrtCustomOpDomain* made = nullptr;
+    RETURN_IF(api.create_domain("gammac", &made));
+    RETURN_IF(api.add_op(made, &g_symmetric));
+    RETURN_IF(api.add_op(made, &g_with_zeros));
+    domain = made;
   }
   return api.add_domain(options, domain);
 }

@@ -59,8 +59,8 @@ struct OrtCustomOp {
 namespace ort {
 
 constexpr uint32_t kApiVersion = 17;
-constexpr int kFloat = 1, kUint8 = 2, kFloat16 = 10;           // ONNXTensorElementDataType
-constexpr int kRequired = 0, kOptional = 1, kInvalidArgument = 2;  // input kind; OrtErrorCode
+constexpr int kFloat = 1, kUint8 = 2, kFloat16 = 10;  // ONNXTensorElementDataType
+constexpr int kInvalidArgument = 2;  // OrtErrorCode
 
 // The typed face of the table: one member per slot in use.
 class Api {

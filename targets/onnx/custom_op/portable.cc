@@ -77,6 +77,8 @@ void run(const Call& c, size_t first, size_t last, size_t row, size_t end) {
   for (size_t strip = first; strip < last; strip++) run_strip(c, strip, row, end);
 }
 
+constexpr float kRound = 12582912;  // 1.5 * 2^23: adding and taking it away rounds to the nearest even
+
 void quantize_block(const Call& c, const float* x, size_t valid, size_t row, size_t block) {
   const size_t at = block * c.m + row, k = block * c.shape.block;
   float most = 0, bad = 0;
@@ -88,7 +90,7 @@ void quantize_block(const Call& c, const float* x, size_t valid, size_t row, siz
   int8_t* q = c.q + (k / kChunk * c.m + row) * kChunk + k % kChunk;
   int32_t sum = 0;
   for (size_t i = 0; i < c.shape.block; i++) {
-    const float v = i < valid ? std::nearbyint(x[i] * inverse) : 0;
+    const float v = i < valid ? (x[i] * inverse + kRound) - kRound : 0;
     // The comparisons are false for NaN, whose conversion would be undefined.
     q[i] = static_cast<int8_t>(v >= -127 ? (v <= 127 ? v : 127) : -127);
     sum += q[i];
