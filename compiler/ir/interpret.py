@@ -146,9 +146,7 @@ def visible(seq: int, total: int, causal: bool, window: int) -> Tensor | None:
 
 
 @_kernel
-def _attention(
-    attrs: Any, sizes: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
-) -> Tensor:
+def _attention(attrs: Any, sizes: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     seq, total = q.shape[2], k.shape[2]
     seen = visible(seq, total, attrs["causal"], attrs.get("window", 0))
     if mask is not None:
@@ -169,6 +167,25 @@ def _attention(
 @_kernel
 def _kv_append(attrs: Any, sizes: Any, past: Tensor, new: Tensor) -> Tensor:
     return torch.cat([past, new], dim=2)
+
+
+@_kernel
+def _gqa(
+    attrs: Any, sizes: Any, past_key: Tensor, past_value: Tensor, *rows: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads, kv_heads, dim = attrs["heads"], attrs["kv_heads"], past_key.shape[3]
+    inv_freq = rows[-1] if attrs["rotary"] else None
+    rows = rows[: len(rows) - (inv_freq is not None)]
+    if len(rows) == 1:
+        rows = rows[0].split([heads * dim, kv_heads * dim, kv_heads * dim], dim=-1)
+    q, k, v = (x.reshape(*x.shape[:2], -1, dim).transpose(1, 2) for x in rows)
+    if inv_freq is not None:
+        positions = torch.arange(q.shape[2])[None] + past_key.shape[2]
+        cos, sin = _rotary_table(attrs, sizes, positions, inv_freq)
+        q, k = _rope(attrs, sizes, q, cos, sin), _rope(attrs, sizes, k, cos, sin)
+    key, value = torch.cat([past_key, k], 2), torch.cat([past_value, v], 2)
+    out = _attention({**attrs, "causal": True}, sizes, q, key, value)
+    return out.transpose(1, 2).flatten(2), key, value
 
 
 @_kernel
@@ -224,6 +241,11 @@ def _transpose(attrs: Any, sizes: Any, x: Tensor) -> Tensor:
 @_kernel
 def _slice(attrs: Any, sizes: Any, x: Tensor) -> Tensor:
     return x.narrow(attrs["dim"], attrs["start"], attrs["end"] - attrs["start"])
+
+
+@_kernel
+def _split(attrs: Any, sizes: Any, x: Tensor) -> tuple[Tensor, ...]:
+    return x.split([evaluate(size, sizes) for size in attrs["sizes"]], dim=attrs["dim"])
 
 
 @_kernel

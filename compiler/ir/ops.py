@@ -165,9 +165,7 @@ def rope(x: TensorType, cos: TensorType, sin: TensorType) -> Types:
 
 
 @op({"window": int, "softcap": float}, scale=float, causal=bool)
-def attention(
-    q: TensorType, k: TensorType, v: TensorType, mask: TensorType | None = None
-) -> Types:
+def attention(q: TensorType, k: TensorType, v: TensorType, mask: TensorType | None = None) -> Types:
     """softmax(cap(scale * q k^T) + mask) v, softmax in f32. q [batch, heads, seq, dim],
     k and v [batch, kv_heads, total, dim]; query i sees keys up to total - seq + i when causal, and
     only the last `window` of them when window > 0. mask (bool, true = visible) broadcasts to
@@ -346,3 +344,46 @@ def mean(x: TensorType, *, attrs: Attrs) -> Types:
 def full(*, attrs: Attrs) -> Types:
     """A tensor of one value."""
     return (TensorType(str(attrs["dtype"]), _dims(attrs["shape"])),)
+
+
+# ---- what legalization makes --------------------------------------------------------------------
+
+
+@op(dim=int, sizes=tuple)
+def split(x: TensorType, *, attrs: Attrs) -> Types:
+    """x cut along `dim` into parts of the given sizes, which add up to the whole."""
+    dim, sizes = attrs["dim"], _dims(attrs["sizes"])
+    assert isinstance(dim, int)
+    _require(0 <= dim < x.rank and _sum(sizes) == x.shape[dim], f"{list(sizes)} is no cut of {x} along {dim}")
+    return tuple(x.with_shape(*x.shape[:dim], size, *x.shape[dim + 1 :]) for size in sizes)
+
+
+def _sum(sizes: tuple[Dim, ...]) -> Dim:
+    total: Dim = 0
+    for size in sizes:
+        total = total + size
+    return total
+
+
+@op(
+    {"window": int, "softcap": float, "scaling": float},
+    heads=int, kv_heads=int, scale=float, rotary=bool,
+)  # fmt: skip
+def gqa(past_key: TensorType, past_value: TensorType, *rows: TensorType, attrs: Attrs) -> Types:
+    """Rotary positions, cache and causal attention in one: the rows' attention, the two longer caches.
+
+    past [batch, kv_heads, past, dim]; rows are q [batch, seq, heads*dim], k and v [batch, seq,
+    kv_heads*dim], or one tensor with the three side by side; with `rotary`, inv_freq comes last: row i
+    is turned by (past + i) * inv_freq, its tables times `scaling`. Otherwise as `attention`."""
+    heads, kv_heads, rotary = attrs["heads"], attrs["kv_heads"], attrs["rotary"]
+    assert isinstance(heads, int) and isinstance(kv_heads, int)
+    rows = rows[: len(rows) - bool(rotary)]
+    fits = past_key == past_value and past_key.rank == 4 and past_key.shape[1] == kv_heads
+    _require(fits and len(rows) in (1, 3), "gqa takes two caches and q, k, v, apart or as one")
+    dim = past_key.shape[3]
+    widths = [heads * dim, kv_heads * dim, kv_heads * dim]
+    expected = widths if len(rows) == 3 else [_sum(tuple(widths))]
+    _require([x.shape[-1] for x in rows] == expected, f"rows of gqa are {expected} wide")
+    batch, seq, _ = rows[0].shape
+    present = past_key.with_shape(batch, kv_heads, past_key.shape[2] + seq, dim)
+    return (rows[0].with_shape(batch, seq, heads * dim), present, present)
