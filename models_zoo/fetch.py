@@ -78,10 +78,11 @@ def fill(folder: Path, model: ZooModel) -> str:
 
 def from_hub(name: str, folder: Path) -> bool:
     """Download a hub's model into `folder`; False when there is no hub to be reached."""
-    from gammac.models_zoo.gguf_llama import add_rope_theta
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    from gammac.models_zoo.compatibility import add_rope_theta
 
     disable_progress_bars()
     try:

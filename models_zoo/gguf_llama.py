@@ -4,7 +4,6 @@ transformers reads the configuration and the tokenizer; the tensors are read her
 wants one more package.
 """
 
-import json
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,6 +13,8 @@ from gguf.quants import dequantize
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+from gammac.models_zoo.compatibility import add_rope_theta, use_plain_tokenizer_class
 
 TOP: Final = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -59,20 +60,12 @@ def read_tensors(path: Path, config: Any) -> dict[str, Tensor]:
     return tensors
 
 
-def add_rope_theta(folder: Path) -> None:
-    """Give `config.json` the `rope_theta` that readers from before transformers 5 look for."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if "rope_theta" not in config and "rope_parameters" in config:
-        config["rope_theta"] = config["rope_parameters"]["rope_theta"]
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
 def convert(path: Path, folder: Path) -> None:
     """Write the transformers folder (float32 safetensors, tokenizer) of the Llama GGUF file at `path`."""
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     config.architectures = ["LlamaForCausalLM"]
     config.dtype = "float32"
+    config.name_or_path = ""
     # GGUF keeps float32; as a double it would print as 9.999999747378752e-06.
     config.rms_norm_eps = float(f"{config.rms_norm_eps:.6g}")
     save_file(read_tensors(path, config), folder / "model.safetensors", metadata={"format": "pt"})
@@ -80,3 +73,4 @@ def convert(path: Path, folder: Path) -> None:
     add_rope_theta(folder)
     GenerationConfig.from_model_config(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+    use_plain_tokenizer_class(folder)

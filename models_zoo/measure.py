@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--unigram", type=Path, nargs="*", default=[], help="texts of a unigram model")
     args = parser.parse_args(argv)
     tokenizer = AutoTokenizer.from_pretrained(args.folder)
-    model = AutoModelForCausalLM.from_pretrained(args.folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(args.folder, dtype=torch.float32)
     length = min(WINDOW, model.config.max_position_embeddings)
     windows = windows_of(encode(tokenizer, read([args.text])), args.windows, length)
     print(f"{len(windows)} windows of {length} tokens")
