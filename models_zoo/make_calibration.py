@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from gammac.models_zoo.fetch import fetch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gammac.models_zoo.fetch import fetch
 
 LEAST_BYTES: Final = 200
 """Shorter samples teach nothing about the use of a context."""
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = fetch("smollm2-135m")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     # bfloat16 halves the time; a sample need not be exact.
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     jobs = list(islice(cycle(starts(tokenizer)), args.samples))
     torch.manual_seed(args.seed)
     kept: list[str] = []
