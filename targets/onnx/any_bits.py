@@ -77,7 +77,7 @@ def _to_octets(values: Bytes, bits: int) -> Bytes:
     for i in range(8):
         words |= values[..., i].astype(np.uint64) << np.uint64(i * bits)
     octets: Bytes = words[..., None].view(np.uint8)[..., :bits]
-    return np.ascontiguousarray(octets)
+    return octets.copy()
 
 
 def _from_octets(octets: Bytes, bits: int) -> Bytes:
@@ -85,7 +85,7 @@ def _from_octets(octets: Bytes, bits: int) -> Bytes:
     padded = np.zeros((*octets.shape[:-1], 8), dtype=np.uint8)
     padded[..., :bits] = octets
     shifts = np.arange(8, dtype=np.uint64) * np.uint64(bits)
-    values = (padded.view("<u8") >> shifts) & np.uint64(2**bits - 1)
+    values: npt.NDArray[np.uint64] = (padded.view("<u8") >> shifts) & np.uint64(2**bits - 1)
     return values.astype(np.uint8)
 
 

@@ -74,7 +74,7 @@ OrtStatus* read_shape(const ort::Api& api, const OrtKernelInfo* info, bool asymm
 OrtStatus* choose_isa(const ort::Api& api, const Isa** out) {
   static const Isa* const known[] = {
 #if defined(__x86_64__)
-      &kAvx512,
+      &kAvx512, &kAvx2,
 #endif
       &kPortable};
   const char* wanted = getenv("GAMMAC_ISA");
