@@ -1,0 +1,114 @@
+"""One matrix product for linears that read the same value.
+
+    %1 = linear %0, @q : f32[batch,seq,64]            stored = "w4g64" for both
+    %2 = linear %0, @k : f32[batch,seq,32]
+->
+    %1 = linear %0, @q-k : f32[batch,seq,96]
+    %2 = slice %1 {dim = 2, start = 0, end = 64} : f32[batch,seq,64]
+    %3 = slice %1 {dim = 2, start = 64, end = 96} : f32[batch,seq,32]
+
+Only weights that are stored alike are joined, row below row, so that no number changes. What a fused
+weight is made of stands in its `parts`.
+"""
+
+import os.path
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from gammac.formats import concat_rows, load_float, load_quantized, stored_format
+from gammac.ir import Builder, Function, Module, Op, Operand, Value, Weight, WeightRef, rewrite
+from gammac.pipeline import Context, Invariant
+from gammac.weights import WeightStore
+
+
+@dataclass(frozen=True)
+class FuseParallelLinears:
+    """Join q, k and v, and gate and up, where their weights are stored alike."""
+
+    name: ClassVar[str] = "fuse_parallel_linears"
+    reads: ClassVar[tuple[str, ...]] = ()
+    requires: ClassVar[tuple[Invariant, ...]] = ()
+    ensures: ClassVar[tuple[Invariant, ...]] = ()
+
+    def run(self, module: Module, ctx: Context) -> Module:
+        """The module with parallel linears joined and their weights replaced."""
+        made: dict[str, Weight] = {}
+        functions = [_fuse(f, module, ctx.store, made) for f in module.functions.values()]
+        return module.with_weights(*made.values()).with_functions(*functions).without_unused_weights()
+
+
+def _fuse(function: Function, module: Module, store: WeightStore, made: dict[str, Weight]) -> Function:
+    groups = _parallel(function, module)
+    first = {group[0]: group for group in groups}
+    replaced: dict[Op, Value] = {}
+
+    def rule(b: Builder, op: Op, operands: tuple[Operand, ...]) -> Sequence[Operand] | None:
+        if op in first:
+            replaced.update(_emit_fused(b, first[op], operands[0], module, store, made))
+        return (replaced[op],) if op in replaced else None
+
+    return rewrite(function, rule)
+
+
+def _parallel(function: Function, module: Module) -> list[list[Op]]:
+    """Linears that can be joined, two or more a group, each group in order."""
+    mentions = Counter(o.name for op in function.ops for o in op.operands if isinstance(o, WeightRef))
+    groups: dict[object, list[Op]] = {}
+    for op in function.ops:
+        ref = op.weight()
+        if op.name != "linear" or ref is None or mentions[ref.name] != 1:
+            continue
+        if len(op.operands) == 3 and op.weight(2) is None:
+            continue
+        weight = module.weights[ref.name]
+        key = (op.operands[0], weight.attrs.get("stored"), weight.attrs.get("role"), len(op.operands))
+        groups.setdefault(key, []).append(op)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _emit_fused(
+    b: Builder, group: list[Op], x: Operand, module: Module, store: WeightStore, made: dict[str, Weight]
+) -> dict[Op, Value]:
+    joined = [
+        _joined([module.weights[ref.name] for op in group if (ref := op.weight(index))], store, made)
+        for index in range(1, len(group[0].operands))
+    ]
+    loc = _joined_name([op.loc for op in group])
+    whole = b.emit("linear", x, *(w.ref for w in joined), loc=loc)
+    start, dim, parts = 0, whole.type.rank - 1, {}
+    for op in group:
+        width = op.result.type.shape[-1]
+        assert isinstance(width, int)
+        parts[op] = b.emit("slice", whole, loc=op.loc, dim=dim, start=start, end=start + width)
+        start += width
+    return parts
+
+
+def _joined(weights: list[Weight], store: WeightStore, made: dict[str, Weight]) -> Weight:
+    """Weights row below row, as a new weight; made once for all functions."""
+    name = _joined_name([w.name for w in weights])
+    if name not in made:
+        if stored_format(weights[0]) is None:
+            arrays = {"data": torch.cat([load_float(w, store) for w in weights])}
+        else:
+            arrays = concat_rows([load_quantized(w, store) for w in weights]).arrays()
+        sizes = [w.type.shape[0] for w in weights]
+        rows = sum(size for size in sizes if isinstance(size, int))
+        type_ = weights[0].type.with_shape(rows, *weights[0].type.shape[1:])
+        attrs = {k: v for k, v in weights[0].attrs.items() if k in ("stored", "role", "format", "quantizer")}
+        parts = tuple(w.name for w in weights)
+        made[name] = Weight(name, type_, store.put(arrays), {**attrs, "parts": parts})
+    return made[name]
+
+
+def _joined_name(names: list[str]) -> str:
+    """`a.q.weight` and `a.k.weight` to `a.q-k.weight`."""
+    head = os.path.commonprefix(names).rpartition(".")[0]
+    reversed_tail = os.path.commonprefix([n[::-1] for n in names])
+    tail = reversed_tail[::-1].partition(".")[2] if "." in reversed_tail else ""
+    cut = slice(len(head) + 1 if head else 0, -len(tail) - 1 if tail else None)
+    return ".".join(part for part in (head, "-".join(n[cut] for n in names), tail) if part)
