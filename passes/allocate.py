@@ -1,0 +1,241 @@
+"""Give each weight a format: the least predicted loss within the budgets, exactly.
+
+    weight @up : f32[64,64] = sha256:… {role = "block", scores = {w2g64 = 3.0, w4g64 = 0.5}}
+    weight @down : f32[64,64] = sha256:… {role = "block", scores = {w2g64 = 1.0, w4g64 = 0.25}}
+-> with the budget 3
+    weight @up : f32[64,64] = sha256:… {role = "block", scores = {…}, format = "w4g64"}
+    weight @down : f32[64,64] = sha256:… {role = "block", scores = {…}, format = "w2g64"}
+
+Budgets of every kind hold together. Where the target fuses linears that read the same value, these get
+one format. What was reached stands in the module's attribute `allocation`.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import ClassVar, Final
+
+from gammac.budget import ENERGY, KINDS, LATENCY, PAYLOAD, SIZE, TRUE, Budget, parse_budgets, spelled
+from gammac.diagnostics import CompileError
+from gammac.formats import parse_format
+from gammac.ir import Module, Op, Value, Weight
+from gammac.passes.allocation_problem import Choice, Group, Infeasible, choose
+from gammac.passes.quantize import weights_have_formats
+from gammac.passes.sensitivity.scores import weights_have_scores
+from gammac.pipeline import Context, Invariant
+from gammac.targets import cost
+from gammac.targets.target import BLOCK, Target
+
+NANOSECONDS: Final = 10**9
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A budget in whole bits, bytes or nanoseconds, and what the module takes of it in any case."""
+
+    budget: Budget
+    total: int
+    fixed: int
+    per: Fraction  # one unit of the budget's value, in those whole ones
+
+    @property
+    def capacity(self) -> int:
+        """What is left to choose with."""
+        return self.total - self.fixed
+
+
+@dataclass(frozen=True)
+class Allocate:
+    """`budget` (joined by `+`) takes the place of the compile's own. `tie`: as the target says if None."""
+
+    name: ClassVar[str] = "allocate"
+    reads: ClassVar[tuple[str, ...]] = ("budget", "target")
+    requires: ClassVar[tuple[Invariant, ...]] = (weights_have_scores,)
+    ensures: ClassVar[tuple[Invariant, ...]] = (weights_have_formats,)
+    budget: str = ""
+    tie: bool | None = None
+    extra_bytes: int = 0  # of the artifact's graph and tokenizer, for a budget in bytes
+
+    def run(self, module: Module, ctx: Context) -> Module:
+        """Raises CompileError when the budgets can't be met: the tightest, and what would be enough."""
+        budgets = parse_budgets(self.budget) if self.budget else ctx.budgets
+        limits = [limit_of(b, module, ctx.target, self.extra_bytes) for b in budgets]
+        tie = ctx.target.tie if self.tie is None else self.tie
+        rows = _rows(module, ctx.target, limits, tie)
+        weights, groups = [names for names, _ in rows], [group for _, group in rows]
+        try:
+            picks = choose(groups, tuple(limit.capacity for limit in limits))
+        except Infeasible as error:
+            raise _refusal(error, limits, groups) from error
+        formats = {name: groups[g][pick].name for g, pick in enumerate(picks) for name in weights[g]}
+        return _written(module, formats, ctx.target, self.extra_bytes)
+
+
+def weights_with_roles(module: Module) -> dict[str, Weight]:
+    """The weights that get a format."""
+    return {name: w for name, w in module.weights.items() if "role" in w.attrs}
+
+
+def tie_groups(module: Module) -> list[tuple[str, ...]]:
+    """Names of weights that get one format: block linears that read the same value and are one `part`.
+
+    In the order of the module; a weight that nothing ties stands alone.
+    """
+    leader = {name: name for name in weights_with_roles(module)}
+
+    def first_of(name: str) -> str:
+        return name if leader[name] == name else first_of(leader[name])
+
+    for function in module.functions.values():
+        met: dict[tuple[Value, object], str] = {}
+        for op in function.ops:
+            name, source = _block_linear(op, module), op.operands[0] if op.operands else None
+            if name and isinstance(source, Value):
+                part = module.weights[name].attrs.get("part", 0)
+                leader[first_of(name)] = first_of(met.setdefault((source, part), name))
+    found: dict[str, list[str]] = {}
+    for name in leader:
+        found.setdefault(first_of(name), []).append(name)
+    return [tuple(names) for names in found.values()]
+
+
+def _block_linear(op: Op, module: Module) -> str:
+    ref = op.weight() if op.name == "linear" else None
+    return ref.name if ref and module.weights[ref.name].attrs.get("role") == BLOCK else ""
+
+
+# ---- the module as an integer program -----------------------------------------------------------
+
+
+def limit_of(budget: Budget, module: Module, target: Target, extra_bytes: int = 0) -> Limit:
+    """A budget in whole numbers. Raises CompileError for one that the target can't predict."""
+    weights = weights_with_roles(module)
+    block = sum(w.type.numel() for w in weights.values() if w.attrs["role"] == BLOCK)
+    per, fixed = Fraction(1), 0
+    if budget.kind == ENERGY:
+        raise CompileError(
+            f"budget {budget}: the target {target.name} has no energy data",
+            hint="give a budget in bits, bytes or ms/token",
+        )
+    if budget.kind in (PAYLOAD, TRUE):
+        per = Fraction(block)
+    if budget.kind == SIZE:
+        floats = (w for name, w in module.weights.items() if name not in weights)
+        fixed = extra_bytes + sum(cost.weight_cost(w, (), module, target).bytes for w in floats)
+    if budget.kind == LATENCY:
+        per, fixed = Fraction(NANOSECONDS), _nanoseconds(_fixed_seconds(module, target, weights))
+    return Limit(budget, math.floor(budget.exact * per), fixed, per)
+
+
+def _fixed_seconds(module: Module, target: Target, weights: Mapping[str, Weight]) -> float:
+    """A decoded token's seconds outside the linears that get a format."""
+    function, sizes = cost.decode_function(module) or (None, {})
+    refs = ((op, op.weight()) for op in (function.ops if function else ()))
+    others = (op for op, ref in refs if op.name != "linear" or ref is None or ref.name not in weights)
+    return sum(cost.op_seconds(op, module, target, sizes) for op in others)
+
+
+def _nanoseconds(seconds: float) -> int:
+    # rounded up, so that a sum never promises less than its parts
+    return math.ceil(seconds * NANOSECONDS)
+
+
+def _rows(
+    module: Module, target: Target, limits: Sequence[Limit], tie: bool
+) -> list[tuple[tuple[str, ...], Group]]:
+    """Weights that are decided together, and their choices; a tie without a common format is undone."""
+    readers = cost.readers(module)
+    rows: list[tuple[tuple[str, ...], Group]] = []
+    for names in tie_groups(module) if tie else [(name,) for name in weights_with_roles(module)]:
+        tables = {n: _choices(module.weights[n], readers[n], module, target, limits) for n in names}
+        common = [f for f in tables[names[0]] if all(f in table for table in tables.values())]
+        if common:
+            rows.append((names, tuple(_sum([tables[n][f] for n in names]) for f in common)))
+        else:
+            rows += [((n,), tuple(tables[n].values())) for n in names]
+    return rows
+
+
+def _choices(
+    weight: Weight, readers: Sequence[Op], module: Module, target: Target, limits: Sequence[Limit]
+) -> dict[str, Choice]:
+    """Format name → choice, narrow formats first. Raises CompileError if the target runs none."""
+    scores, role = weight.attrs["scores"], str(weight.attrs["role"])
+    assert isinstance(scores, Mapping)
+    found: dict[str, Choice] = {}
+    for name in sorted(scores, key=parse_format):
+        columns, score = weight.type.shape[-1], scores[name]
+        assert isinstance(columns, int) and isinstance(score, int | float)
+        if target.kernel_for(parse_format(name), role, columns) is None:
+            continue
+        if not math.isfinite(score):
+            raise CompileError(f"the score of {name} is {score}", loc=weight.name)
+        row = cost.weight_cost(weight, readers, module, target, {weight.name: name})
+        costs = tuple(_cost_in(limit.budget.kind, row) for limit in limits)
+        found[name] = Choice(name, float(score), costs, (row.payload_bits, row.bytes))
+    if not found:
+        raise CompileError(
+            f"{target.name} runs none of its formats: {', '.join(scores) or 'it has none'}",
+            loc=weight.name,
+            hint="choose other candidates",
+        )
+    return found
+
+
+def _cost_in(kind: str, row: cost.WeightCost) -> int:
+    """What a weight takes of a budget, in whole units."""
+    block = row.role == BLOCK
+    return {
+        PAYLOAD: row.payload_bits * block,
+        TRUE: row.storage_bits * block,
+        SIZE: row.bytes,
+        LATENCY: _nanoseconds(row.decode_seconds),
+    }[kind]
+
+
+def _sum(parts: Sequence[Choice]) -> Choice:
+    """The same format for several weights."""
+    costs = tuple(map(sum, zip(*(p.costs for p in parts), strict=True)))
+    size = tuple(map(sum, zip(*(p.size for p in parts), strict=True)))
+    return Choice(parts[0].name, math.fsum(p.score for p in parts), costs, size)
+
+
+# ---- what comes of it ---------------------------------------------------------------------------
+
+
+def _refusal(error: Infeasible, limits: Sequence[Limit], groups: Sequence[Group]) -> CompileError:
+    """Which budget is too tight, and the smallest that would do."""
+    limit = limits[error.limit]
+    kind = limit.budget.kind
+    enough = spelled(kind, (error.needed + limit.fixed) / limit.per)
+    unit = f" {KINDS[kind]}" if kind == PAYLOAD else ""
+    formats = sorted({choice.name for group in groups for choice in group}, key=parse_format)
+    others = [str(other.budget) for other in limits if other is not limit]
+    beside = f" beside {' and '.join(others)}" if others else ""
+    return CompileError(
+        f"budget {limit.budget}: the smallest possible is {enough}{unit}{beside} "
+        f"with formats {', '.join(formats)}",
+        hint=f"grant {enough} or allow narrower formats",
+    )
+
+
+def _written(module: Module, formats: Mapping[str, str], target: Target, extra_bytes: int) -> Module:
+    """The module with its formats, and what they come to."""
+    weights = [module.weights[name].with_attrs(format=formats[name]) for name in formats]
+    found = cost.module_cost(module, target, formats, extra_bytes)
+    objective = 0.0
+    for weight in weights:
+        scores = weight.attrs["scores"]
+        assert isinstance(scores, Mapping)
+        score = scores[formats[weight.name]]
+        assert isinstance(score, int | float)
+        objective += score
+    reached = {
+        "objective": float(f"{objective:.9g}"),
+        "payload_bits": round(found.payload_bits, 6),
+        "true_bits": round(found.true_bits, 6),
+        "bytes": found.bytes,
+        "latency": round(found.decode_seconds, 9),
+    }
+    return module.with_weights(*weights).with_attrs(allocation=reached)

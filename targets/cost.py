@@ -1,0 +1,303 @@
+"""What a module costs on a target: bits, bytes, seconds. Pure; the allocator and every report ask here.
+
+Seconds of a linear: a measured row if the target has one, else the call's overhead plus the slowest of
+reading its bytes, decoding its weights (which below 4 bits takes longer than reading them) and multiplying.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from gammac.diagnostics import CompileError
+from gammac.formats import Format, parse_format
+from gammac.ir import Function, Module, Op, TensorType, Value, Weight, WeightRef
+from gammac.ir.types import BYTES, evaluate
+from gammac.targets.target import BLOCK, Kernel, Target
+
+CONTEXT: Final = 512  # positions in the cache while decoding, and tokens of a prefill
+FLOAT_BYTES: Final = 4  # artifacts keep what is not quantized in f32
+STRIP_ROWS, CHUNK_COLUMNS = 4, 64  # MatMulAnyBits pads to these
+
+Formats = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class WeightCost:
+    """One weight in its format ("" = floats). Seconds are a decoded token's."""
+
+    name: str
+    role: str
+    format: str
+    numel: int
+    payload_bits: int
+    storage_bits: int
+    bytes: int
+    decode_seconds: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A whole module. The three bits are means a weight; see `weight_costs` for the parts."""
+
+    payload_bits: float  # over the block linears, codes alone
+    true_bits: float  # over the block linears, scales and zero points included
+    whole_model_bits: float  # of the artifact, over all parameters
+    bytes: int
+    decode_seconds: float  # one token behind CONTEXT others
+    prefill_seconds: float  # CONTEXT tokens
+    peak_bytes: int  # while running that prefill
+
+
+# ---- bytes --------------------------------------------------------------------------------------
+
+
+def float_bytes(type_: TensorType) -> int:
+    """Bytes of a tensor that stays float. Its integers keep their type."""
+    wide = FLOAT_BYTES if type_.dtype in ("f32", "f16", "bf16") else BYTES[type_.dtype]
+    return type_.numel() * wide
+
+
+def stored_bytes(rows: int, columns: int, format_: Format, target: Target, role: str = BLOCK) -> int:
+    """Bytes that the emitter writes for a weight [rows, columns], padding included.
+
+    Raises CompileError for a format that the target does not run.
+    """
+    kernel = kernel_of(format_, columns, target, role)
+    fitted = format_.fit(columns)
+    groups = fitted.groups(columns)
+    if kernel.op == "MatMulAnyBits":
+        return _any_bits_bytes(rows, columns, fitted, groups, kernel.scale_bytes)
+    codes = rows * groups * _ceil(fitted.inputs_per_scale(columns) * fitted.bits, 8)
+    zeros = 0 if fitted.symmetric else rows * _ceil(groups * fitted.bits, 8)
+    return codes + rows * groups * kernel.scale_bytes + zeros
+
+
+def kernel_of(format_: Format, columns: int, target: Target, role: str = BLOCK) -> Kernel:
+    """The kernel row that runs a format. Raises CompileError if there is none."""
+    kernel = target.kernel_for(format_, role, columns)
+    if kernel is None:
+        raise CompileError(
+            f"{target.name} does not run {format_.name} on {role} weights with {columns} inputs",
+            hint="gammac targets lists what it runs",
+        )
+    return kernel
+
+
+def _any_bits_bytes(rows: int, columns: int, format_: Format, groups: int, scale_bytes: int) -> int:
+    strips = _ceil(rows, STRIP_ROWS)
+    codes = strips * STRIP_ROWS * _ceil(columns, CHUNK_COLUMNS) * CHUNK_COLUMNS * format_.bits // 8
+    # zeros of two groups by four rows are eight codes: `bits` bytes
+    zeros = 0 if format_.symmetric else strips * _ceil(groups, 2) * format_.bits
+    return codes + strips * STRIP_ROWS * groups * scale_bytes + zeros
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+# ---- seconds ------------------------------------------------------------------------------------
+
+
+def linear_seconds(
+    rows: int, columns: int, format_: Format | None, target: Target, tokens: int = 1, role: str = BLOCK
+) -> float:
+    """Seconds of x @ weight.T for `tokens` rows of x, on the target's threads; None is f32."""
+    measured = _measured(rows, columns, format_, target) if tokens == 1 else None
+    if measured is not None:
+        return measured
+    flops = 2 * tokens * rows * columns
+    if format_ is None:
+        work = flops / (target.float_gflops * target.threads * 1e9) if tokens > 1 else 0.0
+        return overhead("linear", target) + max(FLOAT_BYTES * rows * columns / target.bandwidth, work)
+    fitted, kernel = format_.fit(columns), kernel_of(format_, columns, target, role)
+    reading = stored_bytes(rows, columns, fitted, target, role) / target.bandwidth
+    decoding = rows * columns / (kernel.rate(kernel.gweights, fitted) * target.threads * 1e9)
+    work = flops / (kernel.rate(kernel.gflops, fitted) * target.threads * 1e9) if tokens > 1 else 0.0
+    return overhead("linear", target) + max(reading, decoding, work)
+
+
+def overhead(op: str, target: Target) -> float:
+    """Seconds that a call costs whatever its size."""
+    return target.overhead_us.get(op, target.overhead_us["default"]) * 1e-6
+
+
+def _measured(rows: int, columns: int, format_: Format | None, target: Target) -> float | None:
+    name = format_.fit(columns).name if format_ else "f32"
+    wanted = ("linear", name, rows, columns, target.threads)
+    found = (m.seconds for m in target.measured if (m.op, m.format, m.rows, m.columns, m.threads) == wanted)
+    return next(found, None)
+
+
+Sizes = dict[str, int]
+
+
+def sizes_of(seq: int, past: int) -> Sizes:
+    """What symbolic dimensions stand for; a name that nobody knows is one."""
+    sizes: Sizes = defaultdict(lambda: 1)
+    sizes.update(batch=1, seq=seq, past=past)
+    return sizes
+
+
+def op_seconds(op: Op, module: Module, target: Target, sizes: Sizes, formats: Formats | None = None) -> float:
+    """Seconds of one op of a module on the target's threads."""
+    ref = op.weight()
+    if op.name == "linear" and ref is not None:
+        weight = module.weights[ref.name]
+        tokens = _numel(op.operands[0].type, sizes) // _columns(weight)
+        role = str(weight.attrs.get("role", BLOCK))
+        return linear_seconds(
+            _rows(weight), _columns(weight), format_of(weight, formats), target, tokens, role
+        )
+    if op.name in ("attention", "gqa"):
+        return overhead(op.name, target) + _attention_seconds(op, target, sizes)
+    call = overhead(op.name, target)
+    # an op that is folded into another moves nothing either; an embedding reads a row a token
+    moved = op.results if op.name == "embedding" else (*op.operands, *op.results) if call else ()
+    return call + sum(_bytes(v.type, sizes) for v in moved) / target.bandwidth
+
+
+def _attention_seconds(op: Op, target: Target, sizes: Sizes) -> float:
+    keys, values = op.results[1:] if op.name == "gqa" else op.operands[1:3]
+    cache = _numel(keys.type, sizes) + _numel(values.type, sizes)
+    queries = _numel(op.results[0].type, sizes)
+    total = evaluate(keys.type.shape[2], sizes)
+    reading = FLOAT_BYTES * cache / (target.attention_gbps * target.threads * 1e9)
+    # each query element meets `total` keys and as many values
+    return max(reading, 4 * queries * total / (target.attention_gflops * target.threads * 1e9))
+
+
+def _numel(type_: TensorType, sizes: Sizes) -> int:
+    total = 1
+    for dim in type_.shape:
+        total *= evaluate(dim, sizes)
+    return total
+
+
+# ---- modules ------------------------------------------------------------------------------------
+
+
+def format_of(weight: Weight, formats: Formats | None = None) -> Format | None:
+    """The format that a weight has or is to get; None for floats."""
+    name = (formats or {}).get(weight.name) or weight.attrs.get("format") or weight.attrs.get("stored")
+    return parse_format(name).fit(_columns(weight)) if isinstance(name, str) else None
+
+
+def decode_function(module: Module) -> tuple[Function, Sizes] | None:
+    """What runs for each new token, and its sizes; `forward` stands in before there is a cache."""
+    return _function(module, ("decode", "forward"), sizes_of(1, CONTEXT))
+
+
+def prefill_function(module: Module) -> tuple[Function, Sizes] | None:
+    """What runs for a prompt, and its sizes."""
+    return _function(module, ("prefill", "forward", "decode"), sizes_of(CONTEXT, 0))
+
+
+def _function(module: Module, names: Sequence[str], sizes: Sizes) -> tuple[Function, Sizes] | None:
+    found = next((module.functions[n] for n in names if n in module.functions), None)
+    return (found, sizes) if found is not None else None
+
+
+def readers(module: Module) -> dict[str, list[Op]]:
+    """Weight name → the ops of a decoding step that read it."""
+    found: dict[str, list[Op]] = defaultdict(list)
+    chosen = decode_function(module)
+    for op in chosen[0].ops if chosen else ():
+        for name in dict.fromkeys(o.name for o in op.operands if isinstance(o, WeightRef)):
+            found[name].append(op)
+    return found
+
+
+def weight_costs(module: Module, target: Target, formats: Formats | None = None) -> tuple[WeightCost, ...]:
+    """One row a weight, in the order of the module. `formats` overrides what the weights say."""
+    users = readers(module)
+    return tuple(weight_cost(w, users[w.name], module, target, formats) for w in module.weights.values())
+
+
+def weight_cost(
+    weight: Weight, users: Sequence[Op], module: Module, target: Target, formats: Formats | None = None
+) -> WeightCost:
+    """The row of one weight; `users` are the ops of a decoding step that read it."""
+    sizes = sizes_of(1, CONTEXT)
+    format_, role = format_of(weight, formats), str(weight.attrs.get("role", ""))
+    seconds = sum(op_seconds(op, module, target, sizes, formats) for op in users if op.name == "linear")
+    numel = weight.type.numel()
+    if format_ is None:
+        bytes_ = float_bytes(weight.type)
+        return WeightCost(weight.name, role, "", numel, 8 * bytes_, 8 * bytes_, bytes_, seconds)
+    rows, columns = _rows(weight), _columns(weight)
+    return WeightCost(
+        weight.name, role, format_.name, numel,
+        format_.payload_bits(rows, columns), format_.storage_bits(rows, columns),
+        stored_bytes(rows, columns, format_, target, role or BLOCK), seconds,
+    )  # fmt: skip
+
+
+def module_cost(module: Module, target: Target, formats: Formats | None = None, extra_bytes: int = 0) -> Cost:
+    """The cost of a module; `extra_bytes` are those of the graph, tokenizer and manifest."""
+    rows = weight_costs(module, target, formats)
+    blocks = [r for r in rows if r.role == BLOCK]
+    over = max(1, sum(r.numel for r in blocks))
+    total = sum(r.bytes for r in rows) + extra_bytes
+    return Cost(
+        payload_bits=sum(r.payload_bits for r in blocks) / over,
+        true_bits=sum(r.storage_bits for r in blocks) / over,
+        whole_model_bits=8 * total / max(1, sum(r.numel for r in rows)),
+        bytes=total,
+        decode_seconds=_seconds(module, decode_function(module), target, formats),
+        prefill_seconds=_seconds(module, prefill_function(module), target, formats),
+        peak_bytes=_peak_bytes(module, target, formats) + extra_bytes,
+    )
+
+
+def _seconds(
+    module: Module, chosen: tuple[Function, Sizes] | None, target: Target, formats: Formats | None
+) -> float:
+    function, sizes = chosen or (None, {})
+    return sum(op_seconds(op, module, target, sizes, formats) for op in (function.ops if function else ()))
+
+
+def _peak_bytes(module: Module, target: Target, formats: Formats | None) -> int:
+    """Weights as the runtime holds them, and what is alive at the widest point of a prefill."""
+    held = sum(_resident(w, target, formats) for w in module.weights.values())
+    chosen = prefill_function(module)
+    return held + (_widest(*chosen) if chosen else 0)
+
+
+def _resident(weight: Weight, target: Target, formats: Formats | None) -> int:
+    format_, role = format_of(weight, formats), str(weight.attrs.get("role", BLOCK))
+    if format_ is None:
+        return float_bytes(weight.type)
+    kernel = kernel_of(format_, _columns(weight), target, role)
+    return int(kernel.resident * stored_bytes(_rows(weight), _columns(weight), format_, target, role))
+
+
+def _widest(function: Function, sizes: Sizes) -> int:
+    """The most bytes of values alive at once, each from the op that makes it to the last that reads it."""
+    last = {o: i for i, op in enumerate(function.ops) for o in op.operands if isinstance(o, Value)}
+    last |= {o: len(function.ops) for o in function.returns if isinstance(o, Value)}
+    alive = widest = sum(_bytes(p.type, sizes) for p in function.params)
+    ends: dict[int, int] = defaultdict(int)
+    for index, op in enumerate(function.ops):
+        for value in op.results:
+            alive += _bytes(value.type, sizes)
+            ends[last.get(value, index)] += _bytes(value.type, sizes)
+        widest = max(widest, alive)
+        alive -= ends[index]
+    return widest
+
+
+def _bytes(type_: TensorType, sizes: Sizes) -> int:
+    return BYTES[type_.dtype] * _numel(type_, sizes)
+
+
+def _rows(weight: Weight) -> int:
+    rows = weight.type.shape[0]
+    assert isinstance(rows, int)
+    return rows
+
+
+def _columns(weight: Weight) -> int:
+    columns = weight.type.shape[-1]
+    assert isinstance(columns, int)
+    return columns

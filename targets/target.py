@@ -1,0 +1,204 @@
+"""A target is numbers: what its emitter can run fast, and how fast. They stand in TOML files beside this one.
+
+A format that a kernel row does not list is never chosen: runtimes answer such formats with a path that
+expands the whole weight at every call, tens of times slower, and say nothing.
+"""
+
+import hashlib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, Final
+
+from gammac.diagnostics import CompileError
+from gammac.formats import CHANNEL, FALLBACK_GROUPS, Format
+
+BLOCK: Final = "block"
+TABLE: Final = "table"
+
+ByGroup = tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Formats that one operator of the runtime runs fast, and its rates on one thread.
+
+    `gweights` (10^9 weights a second, one token) and `gflops` (many tokens) are given by group size;
+    a group takes the entry of the largest listed size that is not above it.
+    """
+
+    op: str
+    bits: tuple[int, ...]
+    groups: tuple[int, ...]  # 0: one scale a row
+    gweights: ByGroup
+    gflops: ByGroup
+    role: str = BLOCK
+    symmetric: bool = True
+    asymmetric: bool = True
+    needs_compiler: bool = False  # a C++ compiler where `gammac compile` runs
+    scale_bytes: int = 2
+    resident: float = 1.0  # bytes in memory for a byte on disk: runtimes repack
+
+    def runs(self, format_: Format) -> bool:
+        """Whether this operator is fast for a format."""
+        allowed = self.symmetric if format_.symmetric else self.asymmetric
+        return allowed and format_.bits in self.bits and format_.group in self.groups
+
+    def rate(self, table: ByGroup, format_: Format) -> float:
+        """The entry of `gweights` or `gflops` for a format."""
+        group = format_.group or max(size for size, _ in table)
+        below = [item for item in table if item[0] <= group]
+        return max(below)[1] if below else min(table)[1]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One linear [rows, columns] times one token, timed on the device."""
+
+    op: str
+    format: str
+    rows: int
+    columns: int
+    threads: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device and the runtime on it. Rates are for one thread unless said."""
+
+    name: str
+    description: str
+    emitter: str
+    arch: str
+    sources: tuple[str, ...]
+    threads: int
+    memory_bytes: int
+    dram_gbps: float
+    dram_gbps_peak: float  # with all threads
+    float_gflops: float
+    attention_gbps: float  # cache bytes that decoding reads
+    attention_gflops: float
+    overhead_us: Mapping[str, float]  # op -> cost of a call; "default" for the others
+    kernels: tuple[Kernel, ...]
+    tie: bool = False  # linears that read the same value get one format, so that they fuse
+    measured: tuple[Measured, ...] = ()
+    digest: str = ""
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second that the default number of threads reads from memory."""
+        return min(self.dram_gbps * self.threads, self.dram_gbps_peak) * 1e9
+
+    def kernel_for(
+        self, format_: Format, role: str, in_features: int, *, compiler: bool = True
+    ) -> Kernel | None:
+        """The first row that runs a format (fitted to the row length) fast; None if there is none."""
+        fitted = format_.fit(in_features)
+        rows = (k for k in self.kernels if k.role == role and k.runs(fitted))
+        return next((k for k in rows if compiler or not k.needs_compiler), None)
+
+    def fit(self, format_: Format, role: str, in_features: int, *, compiler: bool = True) -> Format | None:
+        """The format, or the next smaller group, or one scale a row, that divides the row and runs fast."""
+        smaller = [g for g in FALLBACK_GROUPS if not format_.group or g < format_.group]
+        for group in dict.fromkeys([format_.group, *smaller, CHANNEL]):
+            fitted = replace(format_, group=group)
+            divides = group == CHANNEL or in_features % group == 0
+            if divides and self.kernel_for(fitted, role, in_features, compiler=compiler):
+                return fitted
+        return None
+
+    def formats(self, role: str, in_features: int, *, compiler: bool) -> tuple[Format, ...]:
+        """Every format that runs fast on weights with `in_features` columns, narrow ones first."""
+        found = {
+            Format(bits, group, symmetric)
+            for kernel in self.kernels
+            if kernel.role == role and (compiler or not kernel.needs_compiler)
+            for bits in kernel.bits
+            for group in kernel.groups
+            if group == CHANNEL or in_features % group == 0
+            for symmetric in (False, True)
+            if (kernel.symmetric if symmetric else kernel.asymmetric)
+        }
+        return tuple(sorted(found))
+
+
+def target_names() -> tuple[str, ...]:
+    """The targets that gammac ships."""
+    files = resources.files("gammac.targets").iterdir()
+    return tuple(sorted(f.name.removesuffix(".toml") for f in files if f.name.endswith(".toml")))
+
+
+def load_target(name_or_path: str) -> Target:
+    """A shipped target by name, or one of your own by the path of its .toml file.
+
+    Raises CompileError for an unknown name, a file that is not there, or one with a mistake in it.
+    """
+    if name_or_path.endswith(".toml"):
+        path = Path(name_or_path)
+        if not path.is_file():
+            raise CompileError(f"there is no target file {name_or_path}")
+        return parse_target(path.read_text(encoding="utf-8"), str(path))
+    if name_or_path not in target_names():
+        raise CompileError(
+            f"there is no target {name_or_path!r}",
+            hint=f"there are {', '.join(target_names())}; or give the path of a .toml file",
+        )
+    file = resources.files("gammac.targets") / f"{name_or_path}.toml"
+    return parse_target(file.read_text(encoding="utf-8"), file.name)
+
+
+def parse_target(text: str, where: str = "<target>") -> Target:
+    """Read a target's TOML. `where` is named in errors. Raises CompileError."""
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise CompileError(f"{where} is not TOML: {error}") from error
+    kernels = [_record(Kernel, row, f"{where}: kernel") for row in _rows(table, "kernel", where)]
+    measured = [_record(Measured, row, f"{where}: measured") for row in _rows(table, "measured", where)]
+    digest = "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+    target = _record(Target, {**table, "kernels": kernels, "measured": measured, "digest": digest}, where)
+    assert isinstance(target, Target)
+    if "default" not in target.overhead_us:
+        raise CompileError(f"{where}: overhead_us lacks default")
+    return target
+
+
+def _rows(table: dict[str, Any], key: str, where: str) -> list[dict[str, Any]]:
+    rows = table.pop(key, [])
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise CompileError(f"{where}: write each {key} as a [[{key}]] row")
+    return rows
+
+
+def _record(kind: type[Any], row: Mapping[str, Any], where: str) -> Any:
+    """A dataclass from a table: every key known, every needed one there, of the right type."""
+    known = {f.name: f for f in fields(kind)}
+    unknown = [key for key in row if key not in known]
+    missing = [n for n, f in known.items() if f.default is MISSING and n not in row]
+    if unknown or missing:
+        said = f"does not know {', '.join(unknown)}" if unknown else f"lacks {', '.join(missing)}"
+        raise CompileError(f"{where} {said}", hint=f"it has {', '.join(n for n in known if n != 'digest')}")
+    return kind(**{key: _value(known[key].type, value, f"{where}: {key}") for key, value in row.items()})
+
+
+def _value(type_: Any, value: Any, where: str) -> Any:
+    """A TOML value as a field holds it. Raises CompileError where the type is another."""
+    scalar = type_ in (str, int, float, bool)
+    if scalar and type_ is float and type(value) is int:
+        return float(value)
+    if scalar and type(value) is not type_:
+        raise CompileError(f"{where} is a {type_.__name__}, not {value!r}")
+    if not scalar and not isinstance(value, list | dict):
+        raise CompileError(f"{where} is a list or a table, not {value!r}")
+    if type_ == ByGroup:
+        return _by_group(value, where)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _by_group(value: Any, where: str) -> ByGroup:
+    if not isinstance(value, dict) or not value or not all(str(key).isdigit() for key in value):
+        raise CompileError(f"{where} is a table from group size to rate, such as {{ 32 = 46, 64 = 59 }}")
+    return tuple(sorted((int(key), float(rate)) for key, rate in value.items()))
