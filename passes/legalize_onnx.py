@@ -9,16 +9,19 @@
 ->
     %6, %7, %8 = gqa %past_key.0, %past_value.0, %qkv, @inv_freq {heads = 9, kv_heads = 3, …}
 
-Besides, slices that cut a whole value up become one `split`. Of a decoder only `decode` is kept: with an
+Before that, linears that read the same value are fused; after it, slices that cut a whole value up become
+one `split`. Of a decoder only `decode` is kept: with an
 empty cache it is the prefill. What does not have these shapes stays as it is, and is emitted op by op.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import ClassVar
 
 from gammac.ir import Attr, Builder, Function, Module, Op, Operand, TensorType, Value, WeightRef, rewrite
 from gammac.ir.core import Attrs
+from gammac.passes.fuse_parallel_linears import FuseParallelLinears
 from gammac.pipeline import Context, Invariant
 
 SWAP_HEADS = (0, 2, 1, 3)
@@ -38,9 +41,10 @@ class LegalizeOnnx:
     def run(self, module: Module, ctx: Context) -> Module:
         """The module with one function, `decode` or, for an encoder, `forward`."""
         name = "decode" if "decode" in module.functions else "forward"
-        function = raise_attention(module.functions[name])
-        function = raise_splits(pack_rows(cancel_layouts(function)))
-        return replace(module, functions={name: function}).without_unused_weights()
+        module = replace(module, functions={name: module.functions[name]})
+        module = FuseParallelLinears().run(module, ctx)
+        function = cancel_layouts(raise_attention(module.functions[name]))
+        return module.with_functions(raise_splits(pack_rows(function))).without_unused_weights()
 
 
 # ---- attention ----------------------------------------------------------------------------------
@@ -64,7 +68,9 @@ def raise_attention(function: Function) -> Function:
     presents: dict[Value, Value] = {}
 
     def rule(b: Builder, op: Op, operands: tuple[Operand, ...]) -> Sequence[Operand] | None:
-        if op.name != "attention" or any(users.get(o) != [op] for o in op.operands[1:] if isinstance(o, Value)):
+        if op.name != "attention" or any(
+            users.get(o) != [op] for o in op.operands[1:] if isinstance(o, Value)
+        ):
             return None
         found = _match(op, operands, _producers(b), function.params)
         return None if found is None else (_emit_gqa(b, op, found, presents),)
@@ -106,7 +112,13 @@ def _shared_rotation(
 ) -> tuple[Value, Value, Op] | None:
     """q and k before their rotation and its table, if GroupQueryAttention can do it itself."""
     ropes = [made_by.get(q), made_by.get(k)]
-    tables = {made_by.get(o) for r in ropes if r and r.name == "rope" for o in r.operands[1:] if isinstance(o, Value)}
+    tables = {
+        made_by.get(o)
+        for r in ropes
+        if r and r.name == "rope"
+        for o in r.operands[1:]
+        if isinstance(o, Value)
+    }
     q_rope, k_rope = ropes
     if q_rope is None or k_rope is None or q_rope.name != k_rope.name or len(tables) != 1:
         return None
@@ -166,6 +178,8 @@ def cancel_layouts(function: Function) -> Function:
     def rule(b: Builder, op: Op, operands: tuple[Operand, ...]) -> Sequence[Operand] | None:
         if b.ops:
             made_by.update({value: b.ops[-1] for value in b.ops[-1].results})
+        if op.name == "concat" and (whole := _rejoined(b, op, operands, made_by)) is not None:
+            return (whole,)
         if op.name not in ("reshape", "transpose"):
             return None
         x = operands[0]
@@ -188,6 +202,27 @@ def _shortened(b: Builder, op: Op, inner: Op) -> Operand | None:
     assert isinstance(outer, tuple) and isinstance(first, tuple)
     both = tuple(first[i] for i in outer if isinstance(i, int))
     return source if both == tuple(range(len(both))) else None
+
+
+def _rejoined(
+    b: Builder, op: Op, operands: tuple[Operand, ...], made_by: Mapping[Value, Op]
+) -> Operand | None:
+    """The one slice that slices side by side, joined again, are."""
+    slices = [made_by[o] for o in operands if isinstance(o, Value) and o in made_by]
+    if len(slices) != len(operands) or any(s.name != "slice" for s in slices):
+        return None
+    source, dim = slices[0].operands[0], slices[0].attrs["dim"]
+    apart = any(one.attrs["end"] != next_.attrs["start"] for one, next_ in pairwise(slices))
+    if (
+        apart
+        or op.attrs["dim"] != dim
+        or any(s.operands[0] is not source or s.attrs["dim"] != dim for s in slices)
+    ):
+        return None
+    start, end = slices[0].attrs["start"], slices[-1].attrs["end"]
+    if start == 0 and end == source.type.shape[int(str(dim))]:
+        return source
+    return b.emit("slice", source, loc=op.loc, dim=dim, start=start, end=end)
 
 
 def pack_rows(function: Function) -> Function:

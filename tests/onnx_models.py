@@ -46,7 +46,10 @@ def rtn(weight: Tensor, name: str) -> Quantized:
         zeros = (-low / scales.float()).round().clamp(0, format_.levels)
     codes = (groups / scales.float()[..., None] + zeros[..., None]).round().clamp(0, format_.levels)
     return Quantized(
-        format_, codes.to(torch.uint8).reshape(weight.shape), scales, None if format_.symmetric else zeros.to(torch.uint8)
+        format_,
+        codes.to(torch.uint8).reshape(weight.shape),
+        scales,
+        None if format_.symmetric else zeros.to(torch.uint8),
     )
 
 
@@ -83,12 +86,16 @@ class Maker:
         x = self.b.emit("transpose", x, perm=(0, 2, 1, 3))
         return self.b.emit("rope", x, *tables) if tables else x
 
-    def layer(self, x: Value, i: int, pasts: tuple[Value, Value], tables: tuple[Value, ...]) -> tuple[Value, ...]:
+    def layer(
+        self, x: Value, i: int, pasts: tuple[Value, Value], tables: tuple[Value, ...]
+    ) -> tuple[Value, ...]:
         s, b, at = self.shape, self.b, f"model.layers.{i}"
         n = b.emit("rms_norm", x, self.weight(f"{at}.input_norm.weight", s.hidden), eps=1e-5)
         wide = {"q": s.heads, "k": s.kv_heads, "v": s.kv_heads}
         rows = {p: self.linear(n, f"{at}.attn.{p}_proj", count * s.dim) for p, count in wide.items()}
-        q, k, v = (self.heads(rows[p], f"{at}.attn.{p}", wide[p], *(tables if p != "v" else ())) for p in "qkv")
+        q, k, v = (
+            self.heads(rows[p], f"{at}.attn.{p}", wide[p], *(tables if p != "v" else ())) for p in "qkv"
+        )
         key, value = b.emit("kv_append", pasts[0], k), b.emit("kv_append", pasts[1], v)
         attrs = {"scale": s.dim**-0.5, "causal": True, "window": s.window, "softcap": s.softcap}
         a = b.emit("attention", q, key, value, loc=f"{at}.attn", **attrs)
@@ -118,11 +125,18 @@ def decoder(shape: Shape, store: WeightStore) -> Module:
         x, key, value = m.layer(x, i, past, tables)
         presents += [(f"present_key.{i}", key), (f"present_value.{i}", value)]
     x = m.b.emit("rms_norm", x, m.weight("model.norm.weight", s.hidden), eps=1e-5)
-    logits = m.b.emit("linear", x, table, loc="lm_head") if s.tied else m.linear(x, "lm_head", s.vocab, "head")
+    logits = (
+        m.b.emit("linear", x, table, loc="lm_head") if s.tied else m.linear(x, "lm_head", s.vocab, "head")
+    )
     names, values = zip(("logits", logits), *presents, strict=True)
     params = (ids, positions, *(v for pair in pasts for v in pair))
     decode = Function("decode", params, tuple(m.b.ops), values, names)
-    return Module("tiny", {"decode": decode}, m.weights, {"context_length": 128})
+    return Module(
+        "tiny",
+        {"decode": decode},
+        m.weights,
+        {"max_positions": 128, "eos": (2,), "vocab_size": s.vocab, "kind": "decoder"},
+    )
 
 
 def quantized(module: Module, store: WeightStore, formats: dict[str, str]) -> Module:
@@ -131,6 +145,8 @@ def quantized(module: Module, store: WeightStore, formats: dict[str, str]) -> Mo
         name = next((f for part, f in formats.items() if part in weight.name), None)
         if "role" in weight.attrs and name:
             q = rtn(store.tensor(weight.digest), name)
-            stored = replace(weight, digest=store.put(q.arrays())).with_attrs(stored=q.format.name, format=q.format.name)
+            stored = replace(weight, digest=store.put(q.arrays())).with_attrs(
+                stored=q.format.name, format=q.format.name
+            )
             module = module.with_weights(stored)
     return module

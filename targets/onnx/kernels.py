@@ -1,0 +1,69 @@
+"""Which operator of ONNX Runtime multiplies by a weight, and how the weight is packed for it.
+
+    bits 2          groups 32, 64, 128             com.microsoft::MatMulNBits
+    bits 4, 8       groups 16 to 256, powers of 2  com.microsoft::MatMulNBits
+    any other       groups in steps of 32, or the  gammac::MatMulAnyBits
+                    whole row
+
+Outside this table MatMulNBits answers, too, by expanding the whole weight at every call.
+"""
+
+from typing import Final
+
+import numpy as np
+
+from gammac.diagnostics import CompileError
+from gammac.formats import Format, Quantized
+from gammac.ir import Weight
+from gammac.targets.onnx.any_bits import Bytes
+
+NBITS: Final = "MatMulNBits"
+ANY_BITS: Final = "MatMulAnyBits"
+NBITS_GROUPS: Final = {2: (32, 64, 128), 4: (16, 32, 64, 128, 256), 8: (16, 32, 64, 128, 256)}
+ANY_BITS_STEP: Final = 32
+
+
+def kernel_for(format_: Format, in_features: int) -> str | None:
+    """The operator that is fast for a weight with rows of `in_features`; None if none is."""
+    if format_.group in NBITS_GROUPS.get(format_.bits, ()):
+        return NBITS
+    return (
+        ANY_BITS if format_.inputs_per_scale(in_features) % ANY_BITS_STEP == 0 or not format_.group else None
+    )
+
+
+def demand_kernel(weight: Weight, format_: Format) -> str:
+    """`kernel_for` a weight. Raises CompileError where there is none."""
+    columns = weight.type.shape[1]
+    assert isinstance(columns, int)
+    kernel = kernel_for(format_, columns)
+    if kernel is None:
+        raise CompileError(
+            f"ONNX Runtime has no fast kernel for {format_.name}",
+            loc=weight.name.removesuffix(".weight"),
+            hint="groups of 32, 64 or 128 inputs work for 1 to 8 bits, 16 and 256 for 4 and 8 bits",
+        )
+    return kernel
+
+
+def _join_bits(values: Bytes, bits: int) -> Bytes:
+    """[..., n] values below 2**bits to [..., ceil(n * bits / 8)] bytes, low bits first; bits divides 8."""
+    per_byte = 8 // bits
+    missing = -values.shape[-1] % per_byte
+    if missing:
+        values = np.concatenate([values, np.zeros((*values.shape[:-1], missing), np.uint8)], axis=-1)
+    joined = np.zeros((*values.shape[:-1], values.shape[-1] // per_byte), np.uint8)
+    for i in range(per_byte):
+        joined |= values[..., i::per_byte] << np.uint8(i * bits)
+    return joined
+
+
+def pack_nbits(weight: Quantized) -> tuple[Bytes, Bytes | None]:
+    """Codes [rows, groups, group * bits / 8] and zeros [rows, ceil(groups * bits / 8)] for MatMulNBits."""
+    bits, group = weight.format.bits, weight.format.group
+    codes: Bytes = weight.codes.numpy()
+    missing = -codes.shape[1] % group
+    if missing:  # the product skips what is behind the row's end
+        codes = np.pad(codes, ((0, 0), (0, missing)))
+    blocks = _join_bits(codes, bits).reshape(codes.shape[0], -1, group * bits // 8)
+    return blocks, None if weight.zeros is None else _join_bits(weight.zeros.numpy(), bits)

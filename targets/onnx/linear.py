@@ -1,0 +1,147 @@
+"""Lowering of `linear` and `embedding`: packed weights, shared where a table is also the head."""
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+import onnx_ir as ir
+
+from gammac.formats import Format, load_float, load_quantized, stored_format
+from gammac.ir import Op, Weight, WeightRef
+from gammac.targets.onnx.any_bits import DOMAIN, OP, OP_ZEROS, groups_of, pack
+from gammac.targets.onnx.graph import MICROSOFT, GraphWriter
+from gammac.targets.onnx.kernels import ANY_BITS, demand_kernel, pack_nbits
+
+# activations in 8 bits by block: the only level at which all of 2, 4 and 8 bits have packed kernels
+ACCURACY_LEVEL: Final = 4
+STRIP: Final = 4
+FLOAT: Final = ir.DataType.FLOAT
+UINT32: Final = ir.DataType.UINT32
+
+
+def lower_linear(g: GraphWriter, op: Op) -> Sequence[ir.Value]:
+    """MatMulNBits or MatMulAnyBits for codes, MatMul for floats; then the bias."""
+    x, (ref, *bias) = g.operand(op.operands[0]), op.operands[1:]
+    if not isinstance(ref, WeightRef):
+        y = g.op("MatMul", x, g.op("Transpose", g.operand(ref), perm=[1, 0]))
+    else:
+        weight = g.module.weights[ref.name]
+        format_ = stored_format(weight)
+        y = _float_product(g, x, ref) if format_ is None else _packed_product(g, x, weight, format_)
+    return [g.op("Add", y, g.operand(bias[0])) if bias else y]
+
+
+def _float_product(g: GraphWriter, x: ir.Value, ref: WeightRef) -> ir.Value:
+    if g.is_stored(ref.name):  # a table that was looked up in before: its bytes are stored once
+        return g.op("FusedMatMul", x, g.float_weight(ref), domain=MICROSOFT, transB=1)
+    name = f"{ref.name}.transposed"
+    array = None if g.is_stored(name) else load_float(g.module.weights[ref.name], g.store).numpy().T
+    return g.op("MatMul", x, g.stored(name, array))
+
+
+def _packed_product(g: GraphWriter, x: ir.Value, weight: Weight, format_: Format) -> ir.Value:
+    rows, columns = weight.type.shape
+    operands = packed_weight(g, weight, format_)
+    if demand_kernel(weight, format_) == ANY_BITS:
+        assert isinstance(columns, int)
+        kind = OP if format_.symmetric else OP_ZEROS
+        g.library_ops.add(kind)
+        group = format_.inputs_per_scale(columns)
+        return g.op(
+            kind, x, *operands, domain=DOMAIN, N=rows, K=columns, bits=format_.bits, group=group
+        )  # fmt: skip
+    return g.op(
+        "MatMulNBits", x, operands[0], in_f32(g, operands[1]), *operands[2:], domain=MICROSOFT,
+        N=rows, K=columns, bits=format_.bits, block_size=format_.group, accuracy_level=ACCURACY_LEVEL,
+    )  # fmt: skip
+
+
+def packed_weight(g: GraphWriter, weight: Weight, format_: Format) -> list[ir.Value]:
+    """Codes, f16 scales and, where the format has them, zeros: written once, as the kernel wants them."""
+    names = [f"{weight.name}.{part}" for part in ("codes", "scales", "zeros")]
+    names = names[: 2 if format_.symmetric else 3]
+    if g.is_stored(names[0]):
+        return [g.stored(name) for name in names]
+    q = load_quantized(weight, g.store)
+    if demand_kernel(weight, format_) == ANY_BITS:
+        zeros = None if q.zeros is None else q.zeros.numpy()
+        group = format_.inputs_per_scale(q.codes.shape[1])
+        packed = pack(q.codes.numpy(), q.scales.numpy(), zeros, format_.bits, group)
+        arrays = [packed.codes, packed.scales, packed.zeros]
+    else:
+        codes, zeros = pack_nbits(q)
+        arrays = [codes, q.scales.numpy().astype(np.float16), zeros]
+    return [g.stored(name, array) for name, array in zip(names, arrays, strict=False)]
+
+
+def in_f32(g: GraphWriter, scales: ir.Value) -> ir.Value:
+    """f16 scales as f32: ONNX Runtime folds this when it loads the model."""
+    return g.shared(f"{scales.name} as f32", "Cast", scales, to=FLOAT)
+
+
+# ---- embedding ----------------------------------------------------------------------------------
+
+
+def lower_embedding(g: GraphWriter, op: Op) -> Sequence[ir.Value]:
+    """Gather of float rows, or of packed rows that are spread out after they are gathered."""
+    ids, ref = g.operand(op.operands[0]), op.operands[1]
+    assert isinstance(ref, WeightRef)
+    weight = g.module.weights[ref.name]
+    format_ = stored_format(weight)
+    if format_ is None:
+        return [g.op("Gather", g.float_weight(ref), ids, axis=0)]
+    if demand_kernel(weight, format_) == ANY_BITS:
+        return [_gather_any_bits(g, ids, weight, format_)]
+    codes, scales, *zeros = packed_weight(g, weight, format_)
+    rows, columns = weight.type.shape
+    assert isinstance(columns, int)
+    flat = g.shared(f"{weight.name} by row", "Reshape", codes, g.const([0, columns * format_.bits // 8]))
+    attrs = {"bits": format_.bits, "block_size": format_.group, "gather_axis": 0, "quantize_axis": 1}
+    return [g.op("GatherBlockQuantized", flat, ids, in_f32(g, scales), *zeros, domain=MICROSOFT, **attrs)]
+
+
+def _gather_any_bits(g: GraphWriter, ids: ir.Value, weight: Weight, format_: Format) -> ir.Value:
+    """Rows out of MatMulAnyBits' layout (custom_op/any_bits.h), four rows a strip, in standard operators."""
+    columns, bits = weight.type.shape[1], format_.bits
+    assert isinstance(columns, int)
+    group, groups = format_.inputs_per_scale(columns), groups_of(columns, format_.inputs_per_scale(columns))
+    codes, scales, *zeros = packed_weight(g, weight, format_)
+    flat = g.op("Reshape", ids, g.const([-1]))
+    strip, lane = g.op("Div", flat, g.const(STRIP)), g.op("Mod", flat, g.const(STRIP))
+    lane = g.op("Unsqueeze", lane, g.const([1]))
+
+    def of_lane(packed: ir.Value, perm: list[int]) -> ir.Value:
+        """[n, ..., 4, ...] without the rows of the strip that were not asked for."""
+        return g.op("GatherND", g.op("Transpose", packed, perm=perm), lane, batch_dims=1)
+
+    code = _unpack(g, of_lane(g.op("Gather", codes, strip, axis=0), [0, 2, 1, 3]), bits, [0, -1])
+    code = g.op("Slice", code, g.const([0]), g.const([columns]), g.const([1])) if columns % 64 else code
+    scale = g.op("Cast", of_lane(g.op("Gather", scales, strip, axis=0), [0, 2, 1]), to=FLOAT)
+    if not zeros:
+        zero = g.const(float(format_.midpoint), "f32")
+    else:
+        pairs = _unpack(g, g.op("Gather", zeros[0], strip, axis=0), bits, [0, -1, STRIP])
+        even = of_lane(pairs, [0, 2, 1])
+        zero = g.op("Slice", even, g.const([0]), g.const([groups]), g.const([1])) if groups % 2 else even
+        zero = g.op("Unsqueeze", zero, g.const([2]))
+    grouped = g.op("Reshape", code, g.const([0, groups, group]))
+    values = g.op("Mul", g.op("Sub", grouped, zero), g.op("Unsqueeze", scale, g.const([2])))
+    shape = g.op("Concat", g.op("Shape", ids), g.const([columns]), axis=0)
+    return g.op("Reshape", values, shape)
+
+
+def _unpack(g: GraphWriter, packed: ir.Value, bits: int, shape: list[int]) -> ir.Value:
+    """Little-endian octets of `bits` bytes, eight codes each, as floats in a shape."""
+    starts = np.arange(8) * bits
+    low, shift = starts // 8, (starts % 8).astype(np.uint32)
+    octets = g.op("Reshape", packed, g.const([0, -1, bits]))
+    wide = g.op("Cast", octets, to=UINT32)
+    first = g.op("Gather", wide, g.const(low), axis=2)
+    second = g.op("Gather", wide, g.const(np.minimum(low + 1, bits - 1)), axis=2)
+    word = g.op("BitwiseOr", first, g.op("BitShift", second, g.const(8, "u32"), direction="LEFT"))
+    kept = g.op(
+        "BitwiseAnd",
+        g.op("BitShift", word, g.const(shift, "u32"), direction="RIGHT"),
+        g.const(2**bits - 1, "u32"),
+    )
+    return g.op("Reshape", g.op("Cast", kept, to=FLOAT), g.const(shape))
