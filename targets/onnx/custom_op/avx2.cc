@@ -156,8 +156,10 @@ void run_as(const Call& c, size_t first, size_t last, size_t row, size_t end) {
 void run(const Call& c, size_t first, size_t last, size_t row, size_t end) {
   using Run = void (*)(const Call&, size_t, size_t, size_t, size_t);
   static constexpr Run kRun[2][8] = {
-      {run_as<1, 1>, run_as<2, 1>, run_as<3, 1>, run_as<4, 1>, run_as<5, 1>, run_as<6, 1>, run_as<7, 1>, run_as<8, 1>},
-      {run_as<1, 2>, run_as<2, 2>, run_as<3, 2>, run_as<4, 2>, run_as<5, 2>, run_as<6, 2>, run_as<7, 2>, run_as<8, 2>}};
+      {run_as<1, 1>, run_as<2, 1>, run_as<3, 1>, run_as<4, 1>,
+       run_as<5, 1>, run_as<6, 1>, run_as<7, 1>, run_as<8, 1>},
+      {run_as<1, 2>, run_as<2, 2>, run_as<3, 2>, run_as<4, 2>,
+       run_as<5, 2>, run_as<6, 2>, run_as<7, 2>, run_as<8, 2>}};
   kRun[c.shape.block == 32][c.shape.bits - 1](c, first, last, row, end);
 }
 

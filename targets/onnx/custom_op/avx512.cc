@@ -1,172 +1,31 @@
-// MatMulAnyBits for AVX-512 with VNNI and VBMI (Ice Lake, Zen 4 and later).
+// MatMulAnyBits for AVX-512 with VNNI and VBMI (Ice Lake, Zen 4 and later): many activation rows.
 //
-// Few rows: a strip's chunk is unpacked into four registers, each holding 16 inputs of 4 weight rows,
-// so that one accumulator serves the four rows and one conversion serves 256 weights.
-// Many rows: four strips make a tile of 16 weight rows; its chunk is transposed into 16 registers
-// (16 rows x 4 inputs each) that stay put while all activation rows pass by.
-#include "any_bits.h"
+// Four strips make a tile of 16 weight rows; its chunk is transposed into 16 registers (16 rows x 4 inputs
+// each) that stay put while all activation rows pass by.
+#include "avx512.h"
 
 #if defined(__x86_64__)
-#include <immintrin.h>
-
-#include <cstring>
-
-#define ISA __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,fma,f16c")))
-#define INLINE ISA __attribute__((always_inline)) inline
 
 namespace any_bits {
 namespace {
 
-constexpr size_t kRows = 256;    // activation rows of a task: keeps the tile's sums in the L1 cache
-constexpr size_t kFewRows = 6;   // up to here the strip kernel is the faster one
+constexpr size_t kRows = 256;  // activation rows of a task: keeps the tile's sums in the L1 cache
 
-// Byte indices that bring, for part j, the `bits` bytes of 8 codes into each 64-bit lane: row lane/2,
-// codes 16 j + 8 (lane % 2). `pitch` is the distance between the rows of the source.
-template <int BITS>
-struct Lanes {
-  alignas(64) uint8_t whole[4][64];
-  alignas(64) uint8_t inside[64];
-  alignas(64) uint8_t shift[64];
-  constexpr Lanes() : whole(), inside(), shift() {
-    for (int i = 0; i < 64; i++) {
-      const int lane = i / 8, byte = i % 8 < BITS ? i % 8 : BITS - 1;
-      for (int j = 0; j < 4; j++)
-        whole[j][i] = static_cast<uint8_t>(((lane / 2) * 8 + 2 * j + lane % 2) * BITS + byte);
-      inside[i] = static_cast<uint8_t>((lane % 2) * BITS + byte);
-      shift[i] = static_cast<uint8_t>((i % 8) * BITS);
-    }
-  }
-};
-template <int BITS>
-constexpr Lanes<BITS> kLanes{};
-
-INLINE __m128i load16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
-INLINE __m512i load32(const void* p) {
-  return _mm512_castsi256_si512(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
-}
-
-// Four 16-byte pieces, one per weight row, into the four quarters of a register.
-template <int BITS>
-INLINE __m512i gather_rows(const uint8_t* p, int j) {
-  const uint8_t* at = p + 2 * BITS * j;
-  __m512i v = _mm512_broadcast_i32x4(load16(at));
-  v = _mm512_mask_broadcast_i32x4(v, 0x00f0, load16(at + 8 * BITS));
-  v = _mm512_mask_broadcast_i32x4(v, 0x0f00, load16(at + 16 * BITS));
-  return _mm512_mask_broadcast_i32x4(v, 0xf000, load16(at + 24 * BITS));
-}
-
-// A chunk of a strip: w[j] holds, for weight row r in quarter r, the codes 16 j .. 16 j + 15.
-template <int BITS>
-INLINE void unpack(const uint8_t* p, __m512i w[4]) {
-  constexpr const Lanes<BITS>& lanes = kLanes<BITS>;
-  const __m512i shift = _mm512_load_si512(lanes.shift);
-  const __m512i mask = _mm512_set1_epi8(static_cast<char>((1 << BITS) - 1));
-  __m512i low, high;
-  if constexpr (BITS == 1) low = load32(p);
-  if constexpr (BITS >= 2 && BITS <= 4) low = _mm512_loadu_si512(p);
-  if constexpr (BITS == 3) high = load32(p + 64);
-  if constexpr (BITS == 4) high = _mm512_loadu_si512(p + 64);
-  for (int j = 0; j < 4; j++) {
-    __m512i v;
-    if constexpr (BITS <= 2) v = _mm512_permutexvar_epi8(_mm512_load_si512(lanes.whole[j]), low);
-    if constexpr (BITS == 3 || BITS == 4) v = _mm512_permutex2var_epi8(low, _mm512_load_si512(lanes.whole[j]), high);
-    if constexpr (BITS >= 5) v = gather_rows<BITS>(p, j);
-    if constexpr (BITS >= 5 && BITS <= 7) v = _mm512_shuffle_epi8(v, _mm512_load_si512(lanes.inside));
-    w[j] = BITS == 8 ? v : _mm512_and_si512(_mm512_multishift_epi64_epi8(shift, v), mask);
-  }
-}
-
-// NOTE gather_rows reads up to 6 bytes past a chunk: the last chunk of the tensor goes by way of a copy.
-template <int BITS>
-INLINE const uint8_t* guarded(const Call& c, const uint8_t* p, uint8_t* spare) {
-  if (BITS < 5 || BITS == 8 || p + 2 * 32 * BITS <= c.codes + c.shape.codes_bytes()) return p;
-  memcpy(spare, p, 32 * BITS);
-  return spare;
-}
-
-// Scale and zero point of one group of a strip, spread as the strip kernel's accumulator is: quarter r
-// is weight row r. The zero point sits in one lane of each quarter, since the four lanes are summed.
-struct StripGroup {
+struct TileGroup {
   __m512 scale;
   __m512i zero;
 };
 
-INLINE StripGroup strip_group(const Call& c, const uint16_t* scales, size_t strip, size_t group) {
-  const __m512i spread = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
-  const __m128 four = _mm_cvtph_ps(_mm_loadu_si64(scales + group * kStrip));
-  StripGroup out;
-  out.scale = _mm512_permutexvar_ps(spread, _mm512_castps128_ps512(four));
-  if (!c.shape.asymmetric) {
-    out.zero = _mm512_maskz_set1_epi32(0x1111, 1 << (c.shape.bits - 1));
-    return out;
-  }
-  const uint64_t word = c.zero_word(strip, group);
-  const int b = c.shape.bits;
-  const __m512i all = _mm512_set1_epi64(static_cast<long long>(word));
-  const __m512i shift = _mm512_set_epi64(0, 3 * b, 0, 2 * b, 0, b, 0, 0);
-  out.zero = _mm512_maskz_and_epi32(0x1111, _mm512_srlv_epi64(all, shift), _mm512_set1_epi32((1 << b) - 1));
-  return out;
-}
-
-// The four weight rows of a strip against ROWS activation rows starting at `row`.
-template <int BITS, int HALVES, int ROWS>
-ISA void strip_rows(const Call& c, size_t strip, size_t row) {
-  const Shape& s = c.shape;
-  const uint8_t* p = c.strip_codes(strip);
-  const uint16_t* scales = c.strip_scales(strip);
-  __m512 sum[ROWS];
-  for (int i = 0; i < ROWS; i++) sum[i] = _mm512_setzero_ps();
-  GroupCursor cursor(s);
-  StripGroup g = strip_group(c, scales, strip, 0);
-  alignas(64) uint8_t spare[32 * BITS + 16];
-  for (size_t chunk = 0; chunk < s.chunks; chunk++, p += 32 * BITS) {
-    for (int line = 0; line < (BITS + 1) / 2; line++)
-      _mm_prefetch(reinterpret_cast<const char*>(p + kPrefetch + 64 * line), _MM_HINT_T0);
-    __m512i w[4];
-    unpack<BITS>(guarded<BITS>(c, p, spare), w);
-    const int8_t* q = c.q + (chunk * c.m + row) * kChunk;
-    for (int half = 0; half < HALVES; half++) {
-      const size_t at = (chunk * HALVES + static_cast<size_t>(half)) * c.m + row;
-      for (int i = 0; i < ROWS; i++) {
-        __m512i dot = _mm512_madd_epi16(g.zero, _mm512_set1_epi32(c.negative[at + static_cast<size_t>(i)]));
-        for (int j = 4 / HALVES * half; j < 4 / HALVES * (half + 1); j++) {
-          dot = _mm512_dpbusd_epi32(dot, w[j], _mm512_broadcast_i32x4(load16(q + i * 64 + j * 16)));
-        }
-        const __m512 scale = _mm512_mul_ps(g.scale, _mm512_set1_ps(c.x_scale[at + static_cast<size_t>(i)]));
-        sum[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), scale, sum[i]);
-      }
-      if (cursor.next()) g = strip_group(c, scales, strip, cursor.group);
-    }
-  }
-  const size_t n = strip * kStrip, valid = s.n - n < kStrip ? s.n - n : kStrip;
-  for (int i = 0; i < ROWS; i++) {
-    __m512 v = _mm512_add_ps(sum[i], _mm512_permute_ps(sum[i], 0xb1));
-    v = _mm512_add_ps(v, _mm512_permute_ps(v, 0x4e));
-    const __m512 packed = _mm512_maskz_compress_ps(0x1111, v);
-    _mm512_mask_storeu_ps(c.y + (row + static_cast<size_t>(i)) * s.n + n, static_cast<__mmask16>((1 << valid) - 1), packed);
-  }
-}
-
-template <int BITS, int HALVES>
-ISA void few_rows(const Call& c, size_t first, size_t last, size_t row, size_t end) {
-  for (size_t strip = first; strip < last; strip++) {
-    size_t r = row;
-    for (; r + 4 <= end; r += 4) strip_rows<BITS, HALVES, 4>(c, strip, r);
-    for (; r + 2 <= end; r += 2) strip_rows<BITS, HALVES, 2>(c, strip, r);
-    for (; r < end; r++) strip_rows<BITS, HALVES, 1>(c, strip, r);
-  }
-}
-
 // A tile's chunk: out[4 j + d] holds inputs 16 j + 4 d .. + 3 of 16 weight rows, lane 4 r + i being row r of
 // strip i (an order that needs no shuffle across quarters; the results are put right at the end).
 template <int BITS>
-INLINE void unpack_tile(const Call& c, const size_t strips[4], size_t chunk, __m512i out[16]) {
+INLINE void unpack_tile(const Tables<BITS>& t, const Call& c, const size_t strips[4], size_t chunk, __m512i out[16]) {
   alignas(64) uint8_t spare[32 * BITS + 16];
   __m512i w[4][4];
   for (int i = 0; i < 4; i++) {
     const uint8_t* p = c.strip_codes(strips[i]) + chunk * 32 * BITS;
     _mm_prefetch(reinterpret_cast<const char*>(p + 512), _MM_HINT_T0);
-    unpack<BITS>(guarded<BITS>(c, p, spare), w[i]);
+    unpack<BITS>(t, guarded<BITS>(c, p, spare), w[i]);
   }
   for (int j = 0; j < 4; j++) {
     const __m512i a = _mm512_unpacklo_epi32(w[0][j], w[1][j]), b = _mm512_unpackhi_epi32(w[0][j], w[1][j]);
@@ -181,7 +40,7 @@ INLINE void unpack_tile(const Call& c, const size_t strips[4], size_t chunk, __m
 INLINE __m512i transposed() { return _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0); }
 
 // Scales and zero points of 16 weight rows in the tile's lane order.
-ISA StripGroup tile_group(const Call& c, const size_t strips[4], size_t group) {
+ISA TileGroup tile_group(const Call& c, const size_t strips[4], size_t group) {
   alignas(64) uint16_t scales[16];
   alignas(64) int32_t zeros[16];
   for (size_t i = 0; i < 4; i++) {
@@ -189,15 +48,16 @@ ISA StripGroup tile_group(const Call& c, const size_t strips[4], size_t group) {
     const uint64_t word = c.zero_word(strips[i], group);
     for (size_t r = 0; r < 4; r++) zeros[4 * r + i] = c.zero(word, r);
   }
-  StripGroup out;
-  out.scale = _mm512_permutexvar_ps(transposed(), _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<__m256i*>(scales))));
+  TileGroup out;
+  const __m256i half = _mm256_load_si256(reinterpret_cast<const __m256i*>(scales));
+  out.scale = _mm512_permutexvar_ps(transposed(), _mm512_cvtph_ps(half));
   out.zero = _mm512_load_si512(zeros);
   return out;
 }
 
 // Adds STEPS * 4 inputs to the sums of ROWS activation rows: `w` stays in registers while rows pass.
 template <int STEPS, int ROWS>
-INLINE void tile_rows(const __m512i* w, const StripGroup& g, const int8_t* q, const float* x_scale,
+INLINE void tile_rows(const __m512i* w, const TileGroup& g, const int8_t* q, const float* x_scale,
                       const int32_t* negative, float* sums) {
   __m512i dot[ROWS];
   for (int i = 0; i < ROWS; i++) dot[i] = _mm512_madd_epi16(g.zero, _mm512_set1_epi32(negative[i]));
@@ -233,11 +93,12 @@ ISA void tile(const Call& c, size_t strip, size_t row, size_t end) {
   for (size_t i = 0; i < 4; i++) strips[i] = strip + i < s.strips ? strip + i : s.strips - 1;
   alignas(64) float sums[kRows * 16];
   memset(sums, 0, rows * 16 * sizeof(float));
+  const Tables<BITS> t;
   GroupCursor cursor(s);
-  StripGroup g = tile_group(c, strips, 0);
+  TileGroup g = tile_group(c, strips, 0);
   for (size_t chunk = 0; chunk < s.chunks; chunk++) {
     __m512i w[16];
-    unpack_tile<BITS>(c, strips, chunk, w);
+    unpack_tile<BITS>(t, c, strips, chunk, w);
     for (size_t half = 0; half < HALVES; half++) {
       const size_t at = (chunk * HALVES + half) * c.m + row;
       const int8_t* q = c.q + (chunk * c.m + row) * kChunk + half * 32;
@@ -255,15 +116,17 @@ ISA void tile(const Call& c, size_t strip, size_t row, size_t end) {
 
 template <int BITS, int HALVES>
 ISA void run_as(const Call& c, size_t first, size_t last, size_t row, size_t end) {
-  if (end - row <= kFewRows) return few_rows<BITS, HALVES>(c, first, last, row, end);
   for (size_t strip = first; strip < last; strip += 4) tile<BITS, HALVES>(c, strip, row, end);
 }
 
 void run(const Call& c, size_t first, size_t last, size_t row, size_t end) {
+  if (end - row <= kFewRows) return avx512_few_rows(c, first, last, row, end);
   using Run = void (*)(const Call&, size_t, size_t, size_t, size_t);
   static constexpr Run kRun[2][8] = {
-      {run_as<1, 1>, run_as<2, 1>, run_as<3, 1>, run_as<4, 1>, run_as<5, 1>, run_as<6, 1>, run_as<7, 1>, run_as<8, 1>},
-      {run_as<1, 2>, run_as<2, 2>, run_as<3, 2>, run_as<4, 2>, run_as<5, 2>, run_as<6, 2>, run_as<7, 2>, run_as<8, 2>}};
+      {run_as<1, 1>, run_as<2, 1>, run_as<3, 1>, run_as<4, 1>,
+       run_as<5, 1>, run_as<6, 1>, run_as<7, 1>, run_as<8, 1>},
+      {run_as<1, 2>, run_as<2, 2>, run_as<3, 2>, run_as<4, 2>,
+       run_as<5, 2>, run_as<6, 2>, run_as<7, 2>, run_as<8, 2>}};
   kRun[c.shape.block == 32][c.shape.bits - 1](c, first, last, row, end);
 }
 

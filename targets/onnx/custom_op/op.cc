@@ -118,7 +118,8 @@ OrtStatus* read_dims(const ort::Api& api, const OrtValue* value, Dims* out) {
   OrtShape* shape = nullptr;
   RETURN_IF(api.shape(value, &shape));
   OrtStatus* failed = api.rank(shape, &out->rank);
-  if (!failed && out->rank > kMaxRank) failed = outside(api, "the rank of an input", static_cast<int64_t>(out->rank), "up to 16");
+  const int64_t rank = static_cast<int64_t>(out->rank);
+  if (!failed && out->rank > kMaxRank) failed = outside(api, "the rank of an input", rank, "up to 16");
   if (!failed) failed = api.dimensions(shape, out->size, out->rank);
   api.release_shape(shape);
   return failed;

@@ -23,7 +23,8 @@ void unpack(const uint8_t* p, int bits, uint8_t* out) {
   for (size_t octet = 0; octet < kStrip * 8; octet++, p += bits) {
     uint64_t word = 0;
     for (int i = 0; i < bits; i++) word |= static_cast<uint64_t>(p[i]) << (8 * i);
-    for (int i = 0; i < 8; i++) out[octet * 8 + static_cast<size_t>(i)] = static_cast<uint8_t>((word >> (i * bits)) & mask);
+    for (size_t i = 0; i < 8; i++)
+      out[octet * 8 + i] = static_cast<uint8_t>((word >> (i * static_cast<size_t>(bits))) & mask);
   }
 }
 
