@@ -21,5 +21,6 @@ def write_atomically(path: Path, content: bytes) -> None:
     except OSError as error:
         Path(temporary).unlink(missing_ok=True)
         raise CompileError(
-            f"{path} can't be written: {error.strerror}", hint="free some disk space, or choose another folder"
+            f"{path} can't be written: {error.strerror}",
+            hint="free some disk space, or choose another folder",
         ) from error

@@ -88,8 +88,8 @@ def parse_format(text: str) -> Format:
 
 
 def parse_formats(text: str) -> tuple[Format, ...]:
-    """Read a comma-separated list of formats."""
-    return tuple(parse_format(part) for part in text.split(",") if part.strip())
+    """Read a list of formats, joined by commas or, inside a pass's options, by `+`."""
+    return tuple(parse_format(part) for part in text.replace("+", ",").split(",") if part.strip())
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,9 @@ def read_text(path: Path) -> str:
         raise CompileError(f"{path} can't be read as text: {error}", hint="give a UTF-8 text file") from error
 
 
-def token_windows(text: str, tokenizer: Any, length: int, windows: int | None, spread: bool = False) -> Tensor:
+def token_windows(
+    text: str, tokenizer: Any, length: int, windows: int | None, spread: bool = False
+) -> Tensor:
     """The first `windows` non-overlapping windows of `length` tokens, i64 [windows, length].
 
     No special tokens are added. With `spread` the windows are taken evenly over the whole text

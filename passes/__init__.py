@@ -1,0 +1,81 @@
+"""The passes, and the pipeline that `gammac compile` runs: the list to read first."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from gammac.diagnostics import CompileError
+from gammac.passes.allocate import Allocate
+from gammac.passes.candidates import Candidates
+from gammac.passes.collect_grams import CollectGrams
+from gammac.passes.fold_constants import FoldConstants
+from gammac.passes.insert_kv_cache import InsertKvCache
+from gammac.passes.keep_precision import KeepPrecision
+from gammac.passes.legalize_onnx import LegalizeOnnx
+from gammac.passes.quantize import Quantize
+from gammac.passes.quantizers import make_quantizer
+from gammac.passes.raise_patterns import RaisePatterns
+from gammac.passes.sensitivity import STRATEGIES
+from gammac.passes.split_rows import SplitRows
+from gammac.pipeline import Pass
+
+PASSES: Final[Mapping[str, type[Pass]]] = {
+    p.name: p
+    for p in (
+        FoldConstants, RaisePatterns, InsertKvCache, KeepPrecision, SplitRows, CollectGrams, Candidates,
+        *STRATEGIES.values(), Allocate, Quantize, LegalizeOnnx,
+    )
+}  # fmt: skip
+
+# emitter → the pass that brings a module into the form that it writes
+LEGALIZERS: Final[Mapping[str, type[Pass]]] = {"onnx": LegalizeOnnx}
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a compile lets its user choose about the passes."""
+
+    block: str = "w2g64+w3g64+w4g64+w8g64"
+    table: str = "w4g64+w8g64"
+    quantizer: str = "gptq"
+    clip: str = "mse"
+    act_order: bool = True
+    damping: float = 0.01
+    inputs: str = "full"
+    strategy: str = "fisher"
+    tie: bool | None = None
+
+
+def default_pipeline(
+    choices: Choices, emitter: str, *, compiler: bool, extra_bytes: int = 0
+) -> tuple[Pass, ...]:
+    """Captured module in, module in the emitter's form out.
+
+    `compiler`: whether a C++ compiler is at hand for the emitter's own kernels; without one, rows are
+    split so that the widths of the stock kernels mix within a weight. Raises CompileError for an
+    unknown strategy or emitter.
+    """
+    if choices.strategy not in STRATEGIES:
+        raise CompileError(f"no strategy {choices.strategy!r}", hint=f"there are {', '.join(STRATEGIES)}")
+    if emitter not in LEGALIZERS:
+        raise CompileError(f"no emitter {emitter!r}", hint=f"there are {', '.join(LEGALIZERS)}")
+    rounding = {"quantizer": choices.quantizer, "clip": choices.clip}
+    rounding_options = {"act_order": choices.act_order, "damping": choices.damping}
+    needs_gram = make_quantizer(choices.quantizer).needs_gram
+    return (
+        # the program as a person would write it
+        FoldConstants(),
+        RaisePatterns(),
+        InsertKvCache(),
+        KeepPrecision(),
+        *(() if compiler else (SplitRows(),)),
+        # what each weight would lose in each format
+        *((CollectGrams(),) if needs_gram else ()),
+        Candidates(choices.block, choices.table, **rounding, **rounding_options, compiler=compiler),
+        STRATEGIES[choices.strategy](),
+        # the choice, and its execution; everything above is the same for every budget
+        Allocate(tie=choices.tie, extra_bytes=extra_bytes),
+        Quantize(choices.inputs, **rounding, **rounding_options),
+        # the form that the emitter writes
+        LEGALIZERS[emitter](),
+    )

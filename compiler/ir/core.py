@@ -11,7 +11,7 @@ from typing import Union
 
 from gammac.ir.types import Sym, TensorType
 
-Attr = Union[bool, int, float, str, Sym, tuple["Attr", ...], Mapping[str, "Attr"]]
+Attr = Union[bool, int, float, str, Sym, tuple["Attr", ...], Mapping[str, "Attr"]]  # noqa: UP007 (recursive)
 Attrs = Mapping[str, Attr]
 
 

@@ -210,7 +210,7 @@ def _scale(attrs: Any, sizes: Any, x: Tensor) -> Tensor:
 
 @_kernel
 def _shift(attrs: Any, sizes: Any, x: Tensor) -> Tensor:
-    return x + attrs["by"]
+    return x + (attrs["by"] if x.is_floating_point() else int(attrs["by"]))
 
 
 @_kernel

@@ -259,9 +259,7 @@ class _Parser:
             ops.append(self.op(values))
         returns = self.returns(values)
         self.take("}")
-        return Function(
-            name, params, tuple(ops), tuple(o for _, o in returns), tuple(n for n, _ in returns)
-        )
+        return Function(name, params, tuple(ops), tuple(o for _, o in returns), tuple(n for n, _ in returns))
 
     def define(self, values: dict[str, Value], name: str, value: Value) -> None:
         if name in values:

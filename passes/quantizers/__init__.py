@@ -1,0 +1,50 @@
+"""Quantizers: how codes are chosen. What codes mean is a Format's business."""
+
+from collections.abc import Sequence
+from typing import ClassVar, Final, Protocol
+
+from torch import Tensor
+
+from gammac.diagnostics import CompileError
+from gammac.formats import Format, Quantized
+from gammac.passes.quantizers.gptq import Gptq
+from gammac.passes.quantizers.rtn import Rtn
+
+
+class Quantizer(Protocol):
+    """A way to choose codes for a weight."""
+
+    name: ClassVar[str]
+    needs_gram: ClassVar[bool]
+
+    def quantize(self, weight: Tensor, gram: Tensor | None, formats: Sequence[Format]) -> list[Quantized]:
+        """The weight f32 [rows, columns] in each of the formats.
+
+        `gram` f32 [columns, columns] is the mean of x xᵀ over the weight's inputs. Rows are
+        independent of each other: weights that read the same input may be stacked.
+        """
+        ...
+
+
+QUANTIZERS: Final[dict[str, type[Quantizer]]] = {q.name: q for q in (Rtn, Gptq)}
+
+
+def make_quantizer(name: str, **options: object) -> Quantizer:
+    """A quantizer by name; options it doesn't have are left out. Raises CompileError."""
+    if name not in QUANTIZERS:
+        raise CompileError(f"no quantizer {name!r}", hint=f"there are {', '.join(QUANTIZERS)}")
+    kind = QUANTIZERS[name]
+    known = getattr(kind, "__dataclass_fields__", {})
+    return kind(**{k: v for k, v in options.items() if k in known})
+
+
+def output_error(weight: Tensor, quantized: Tensor, gram: Tensor | None) -> float:
+    """Relative output error tr(Δ G Δᵀ) / tr(W G Wᵀ); without a Gram matrix |Δ|² / |W|²."""
+    delta = quantized - weight
+    if gram is None:
+        return float(delta.square().sum() / weight.square().sum().clamp(min=1e-30))
+    lost = ((delta @ gram) * delta).sum().clamp(min=0)
+    return float(lost / ((weight @ gram) * weight).sum().clamp(min=1e-30))
+
+
+__all__ = ["QUANTIZERS", "Gptq", "Quantizer", "Rtn", "make_quantizer", "output_error"]

@@ -1,0 +1,5 @@
+"""`python -m gammac` is `gammac`."""
+
+from gammac.cli import main
+
+main()

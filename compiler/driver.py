@@ -1,0 +1,281 @@
+"""compile(): the recipe from a model's name to an artifact on disk.
+
+capture → passes → emit → check against the original → seal
+"""
+
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+from gammac.budget import SIZE, Budget, parse_budgets
+from gammac.cache import PassCache, key_of
+from gammac.diagnostics import CompileError
+from gammac.files import write_atomically
+from gammac.formats import parse_formats
+from gammac.frontend.export import Source, capture, load_source
+from gammac.ir import Module, to_text
+from gammac.models_zoo.fetch import default_cache, fetch
+from gammac.models_zoo.registry import MODELS
+from gammac.models_zoo.texts import default_calibration_text
+from gammac.passes import Choices, default_pipeline
+from gammac.pipeline import Context, Observer, Pipeline, Step
+from gammac.progress import Progress, no_progress
+from gammac.runtime.artifact import seal
+from gammac.runtime.check import Check, check_artifact
+from gammac.runtime.manifest import Manifest
+from gammac.runtime.staging import check_writable, staging
+from gammac.targets.cost import Cost, module_cost
+from gammac.targets.onnx.any_bits import find_compiler
+from gammac.targets.onnx.emit import emit, emitted_function
+from gammac.targets.target import Target, load_target
+from gammac.texts import Calibration, read_text, token_windows
+from gammac.weights import WeightStore
+
+TOKENIZER_FILES: Final = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model",
+    "generation_config.json",
+)  # fmt: skip
+# of the graph without its weights and the manifest; the size is checked again when they are written
+GRAPH_BYTES_PER_OP: Final = 400
+LIBRARY_BYTES: Final = 120_000
+SIZE_TRIES: Final = 3
+LIBRARY_SUFFIXES: Final = (".so", ".dylib", ".dll")
+MODULE: Final = "module.gir"
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything that decides an artifact. Equal requests on one machine give equal bytes."""
+
+    model: str
+    target: str = "cpu"
+    budget: str = "3"
+    choices: Choices = field(default_factory=Choices)
+    calibration: Path | None = None
+    calibration_windows: int = 128
+    calibration_length: int = 512
+    seed: int = 0
+    trust_remote_code: bool = False
+    # without the native library of wide and narrow widths, even where a compiler is at hand
+    portable: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request whose parts have been found and checked, before any long work."""
+
+    request: Request
+    target: Target
+    budgets: tuple[Budget, ...]
+    source: Source
+    module: Module
+    store: WeightStore
+    cache: PassCache
+    compiler: bool
+    capture_seconds: float
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a compile leaves: the folder, the module as emitted, and what was found on the way."""
+
+    folder: Path
+    module: Module
+    manifest: Manifest
+    cost: Cost
+    check: Check
+    steps: tuple[Step, ...]
+    notes: tuple[str, ...]
+    seconds: float
+
+
+def resolve(model: str, trust_remote_code: bool = False) -> Source:
+    """A zoo name, a transformers folder, a .gguf file or a hub name. Raises CompileError."""
+    if model in MODELS and not Path(model).exists():
+        return replace(load_source(str(fetch(model))), name=model)
+    source = load_source(model, trust_remote_code=trust_remote_code)
+    # artifacts name their model, not the place where it lay
+    return replace(source, name=Path(model).resolve().name) if Path(model).exists() else source
+
+
+def make_plan(request: Request, cache: Path | None = None) -> Plan:
+    """Find the model, capture it, and check target, budgets and formats. Raises CompileError."""
+    started = time.perf_counter()
+    target = load_target(request.target)
+    budgets = parse_budgets(request.budget)
+    parse_formats(request.choices.block), parse_formats(request.choices.table)
+    compiler = not request.portable and find_compiler() is not None
+    default_pipeline(request.choices, target.emitter, compiler=compiler)
+    if request.calibration is not None:
+        read_text(request.calibration)
+    source = resolve(request.model, request.trust_remote_code)
+    folder = cache or default_cache()
+    store = WeightStore(folder / "weights")
+    module = capture(source, store)
+    seconds = time.perf_counter() - started
+    return Plan(
+        request, target, budgets, source, module, store, PassCache(folder / "passes"), compiler, seconds
+    )
+
+
+def calibration_of(plan: Plan) -> Calibration | None:
+    """The calibration windows of a plan; None for a model without a tokenizer. Raises CompileError."""
+    request, tokenizer = plan.request, plan.source.tokenizer
+    if tokenizer is None:
+        return None
+    text = read_text(request.calibration) if request.calibration else default_calibration_text()
+    length = min(request.calibration_length, int(str(plan.module.attrs.get("max_positions", 512))))
+    return Calibration(token_windows(text, tokenizer, length, request.calibration_windows, spread=True))
+
+
+def context_of(plan: Plan, progress: Progress = no_progress) -> Context:
+    """What the passes of a plan may look at."""
+    return Context(
+        plan.target, plan.store, plan.budgets, calibration_of(plan), plan.request.seed, progress, plan.cache
+    )
+
+
+def tokenizer_files(source: Source) -> list[Path]:
+    """The tokenizer's files as they came, which every reader of them knows."""
+    return [source.folder / name for name in TOKENIZER_FILES if (source.folder / name).is_file()]
+
+
+def extra_bytes(plan: Plan, module: Module) -> int:
+    """What an artifact holds besides weights, before it is written: tokenizer, graph, library."""
+    graph = GRAPH_BYTES_PER_OP * max(len(f.ops) for f in module.functions.values())
+    return sum(p.stat().st_size for p in tokenizer_files(plan.source)) + graph + LIBRARY_BYTES
+
+
+def compile_model(
+    plan: Plan, out: Path, *, overwrite: bool = True, progress: Progress = no_progress,
+    observers: Sequence[Observer] = (),
+) -> Compiled:  # fmt: skip
+    """Run a plan and leave an artifact at `out`. Raises CompileError; then nothing is left there."""
+    started = time.perf_counter()
+    check_writable(out, overwrite)
+    ctx = context_of(plan, progress)
+    steps: list[Step] = []
+    with staging(out, overwrite) as folder:
+        written = _lower_within_size(plan, ctx, folder, (*observers, steps.append))
+        manifest = manifest_of(plan, written)
+        check = check_artifact(plan.module, written.module, ctx.store, ctx.calibration, folder, manifest)
+        manifest = seal(folder, manifest)
+    cost = module_cost(written.module, plan.target)
+    seconds = time.perf_counter() - started + plan.capture_seconds
+    notes = tuple(notes_on(plan, written.module))
+    return Compiled(out, written.module, manifest, cost, check, tuple(steps), notes, seconds)
+
+
+@dataclass(frozen=True)
+class Written:
+    """A module as its emitter wrote it, the bytes of the folder, and its native library's name."""
+
+    module: Module
+    size_bytes: int
+    library: str
+
+
+def _lower_within_size(plan: Plan, ctx: Context, folder: Path, observers: tuple[Observer, ...]) -> Written:
+    """Passes and emission; once more with less room where the files came out larger than a budget."""
+    limit = min((int(b.exact) for b in plan.budgets if b.kind == SIZE), default=None)
+    extra = extra_bytes(plan, plan.module)
+    for _ in range(SIZE_TRIES):
+        passes = default_pipeline(
+            plan.request.choices,
+            plan.target.emitter,
+            compiler=plan.compiler,
+            extra_bytes=extra if limit else 0,
+        )
+        module = Pipeline(passes, observers).run(plan.module, ctx)
+        written = _write(plan, module, ctx, folder)
+        if limit is None or written.size_bytes <= limit:
+            return written
+        extra += written.size_bytes - limit
+    raise CompileError(f"the artifact is larger than the {limit} bytes granted", hint="grant a little more")
+
+
+def _write(plan: Plan, module: Module, ctx: Context, folder: Path) -> Written:
+    shutil.rmtree(folder)
+    folder.mkdir()
+    files = emit(module, ctx.store, folder, compiler=plan.compiler)
+    library = next((p.name for p in files if p.suffix in LIBRARY_SUFFIXES), "")
+    for path in tokenizer_files(plan.source):
+        shutil.copyfile(path, folder / path.name)
+    write_atomically(folder / MODULE, to_text(emitted_part(module)).encode())
+    size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    # the manifest comes last, with a line of less than 150 bytes for each file
+    size += len(manifest_of(plan, Written(module, 0, library)).to_json()) + 150 * len(list(folder.iterdir()))
+    return Written(module, size, library)
+
+
+def emitted_part(module: Module) -> Module:
+    """The module with the one function that artifacts hold, and the weights that it reads."""
+    function = emitted_function(module)
+    return replace(module, functions={function.name: function}).without_unused_weights()
+
+
+def manifest_of(plan: Plan, written: Written) -> Manifest:
+    """What the artifact says of itself."""
+    module = written.module
+    cost = module_cost(module, plan.target)
+    parameters = sum(w.type.numel() for w in plan.module.weights.values())
+    weights = {n: w for n, w in module.weights.items() if "stored" in w.attrs}
+    return Manifest(
+        model=plan.source.name,
+        model_digest=model_digest(plan.module),
+        target=plan.target.name,
+        kind=str(module.attrs["kind"]),
+        emitter=plan.target.emitter,
+        context=int(str(module.attrs["max_positions"])),
+        payload_bits=round(cost.payload_bits, 6),
+        true_bits=round(cost.true_bits, 6),
+        whole_model_bits=round(8 * written.size_bytes / parameters, 6),
+        budgets=tuple(str(b) for b in plan.budgets),
+        allocation={n: str(w.attrs["stored"]) for n, w in weights.items()},
+        predicted={"seconds_per_token": round(cost.decode_seconds, 9), "peak_bytes": cost.peak_bytes},
+        not_quantized=dict(not_quantized(module)),
+        fallbacks=dict(fallbacks(plan, module)),
+        library=written.library,
+    )
+
+
+def model_digest(module: Module) -> str:
+    """One digest of all source weights."""
+    return "sha256:" + key_of(*sorted(f"{n}={w.digest}" for n, w in module.weights.items()))
+
+
+def not_quantized(module: Module) -> Iterator[tuple[str, str]]:
+    """Weights of two dimensions that stay floats, and why."""
+    for name, weight in module.weights.items():
+        if weight.type.rank == 2 and "stored" not in weight.attrs:
+            yield name, "neither a block's linear, nor the token embedding, nor the head"
+
+
+def fallbacks(plan: Plan, module: Module) -> Iterator[tuple[str, str]]:
+    """Weights whose group size is not one that was asked for."""
+    wished = parse_formats(f"{plan.request.choices.block}+{plan.request.choices.table}")
+    for name, weight in module.weights.items():
+        stored = weight.attrs.get("stored")
+        if stored is not None and stored not in {f.name for f in wished}:
+            asked = [f.name for f in wished if str(stored).startswith(f"w{f.bits}")]
+            yield name, f"{' or '.join(asked)} does not divide {_columns(weight)} inputs: {stored}"
+
+
+def notes_on(plan: Plan, module: Module) -> Iterator[str]:
+    """What a user should know and might not expect."""
+    left = list(not_quantized(module))
+    if left:
+        yield f"{len(left)} weights stay f32: {', '.join(name for name, _ in left)}"
+    changed = list(fallbacks(plan, module))
+    if changed:
+        yield f"{len(changed)} weights got another group size: {changed[0][0]}: {changed[0][1]}"
+    if not plan.compiler:
+        yield "no C++ compiler: rows are split between 2, 4 and 8 bits; with one, every width has a kernel"
+
+
+def _columns(weight: Any) -> int:
+    return int(weight.type.shape[-1])

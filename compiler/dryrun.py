@@ -1,0 +1,99 @@
+"""What a compile would take and give, told before any long work.
+
+Sizes and bits are exact for the allocation that a noise model chooses: halving the step of a grid
+quarters its error. The real scores move bits between weights, not the totals. Times come from a
+measured matrix product and the operations that each pass is known to do.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from gammac.driver import Plan, calibration_of, context_of, extra_bytes
+from gammac.ir import Module, Weight
+from gammac.passes.allocate import Allocate
+from gammac.passes.candidates import Candidates
+from gammac.passes.fold_constants import FoldConstants
+from gammac.passes.insert_kv_cache import InsertKvCache
+from gammac.passes.keep_precision import KeepPrecision
+from gammac.passes.raise_patterns import RaisePatterns
+from gammac.passes.split_rows import SplitRows
+from gammac.pipeline import Context, Pipeline
+from gammac.targets.cost import Cost, module_cost
+
+FISHER_WINDOWS: Final = 32
+# operations of a sweep for each weight and format, beside rows² of the solve: measured on one core
+SWEEP_NANOSECONDS: Final = 90.0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """`cost` of the artifact; seconds and peak bytes of the compile itself."""
+
+    cost: Cost
+    seconds: float
+    peak_bytes: int
+    calibration_tokens: int
+    module: Module
+
+
+def estimate(plan: Plan) -> Estimate:
+    """Raises CompileError for a budget that can't be met, as the compile would."""
+    ctx = context_of(plan)
+    choices = plan.request.choices
+    shape = (FoldConstants(), RaisePatterns(), InsertKvCache(), KeepPrecision())
+    split = () if plan.compiler else (SplitRows(),)
+    module = Pipeline((*shape, *split)).run(plan.module, ctx)
+    candidates = Candidates(choices.block, choices.table, compiler=plan.compiler)
+    module = module.with_weights(*(_guessed(w, candidates, ctx) for w in _choosable(module)))
+    extra = extra_bytes(plan, plan.module)
+    module = Pipeline((Allocate(tie=choices.tie, extra_bytes=extra),)).run(module, ctx)
+    calibration = calibration_of(plan)
+    tokens = calibration.tokens.numel() if calibration else 0
+    cost = module_cost(module, plan.target, extra_bytes=extra)
+    return Estimate(cost, _seconds(plan, module, tokens), _peak_bytes(module, tokens), tokens, module)
+
+
+def _choosable(module: Module) -> list[Weight]:
+    return [w for w in module.weights.values() if "role" in w.attrs]
+
+
+def _guessed(weight: Weight, candidates: Candidates, ctx: Context) -> Weight:
+    formats = candidates.formats_for(weight, ctx)
+    return weight.with_attrs(scores={f.name: weight.type.numel() * 4.0**-f.bits for f in formats})
+
+
+def _seconds(plan: Plan, module: Module, tokens: int) -> float:
+    weights = _choosable(module)
+    block = sum(w.type.numel() for w in weights if w.attrs["role"] == "block")
+    every = sum(w.type.numel() for w in weights)
+    formats = len(plan.request.choices.block.split("+"))
+    gemm = 0.0
+    if plan.request.choices.quantizer == "gptq":
+        grams = sum(int(str(w.type.shape[1])) ** 2 for w in weights)
+        gemm += 2 * tokens * (block + 0.6 * grams)  # q, k, v and gate, up share a matrix
+    if plan.request.choices.strategy == "fisher":
+        scored = min(tokens, FISHER_WINDOWS * plan.request.calibration_length)
+        gemm += 2 * scored * every * (3 + formats)
+    sweeps = every * formats * SWEEP_NANOSECONDS * 1e-9
+    return plan.capture_seconds + gemm / _flops() + sweeps + every * 1e-8
+
+
+def _flops() -> float:
+    """Operations a second of a matrix product of this model's kind, measured."""
+    a, b = torch.randn(2048, 576), torch.randn(576, 1536)
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - started)
+    return 2 * 2048 * 576 * 1536 / best
+
+
+def _peak_bytes(module: Module, tokens: int) -> int:
+    """torch itself, the largest weight with its candidates, and a batch of activations."""
+    largest = max((w.type.numel() for w in _choosable(module)), default=0)
+    widest = max((int(str(w.type.shape[0])) for w in _choosable(module)), default=0)
+    return 700_000_000 + 4 * largest * 8 + 4 * min(tokens, 4096) * widest * 3

@@ -1,0 +1,153 @@
+"""Tables and lines for the command line: data in, something to print out. Prints nothing itself."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from gammac.driver import Compiled, Plan
+from gammac.dryrun import Estimate
+from gammac.ir import Module
+from gammac.models_zoo.registry import ZooModel
+from gammac.pipeline import Pass, Step
+from gammac.runtime.evaluate import Comparison
+from gammac.summary import Row, peak_bytes, timing_rows
+from gammac.targets.cost import Cost
+from gammac.targets.target import Target
+
+
+def weights(title: str, rows: Sequence[Row]) -> Table:
+    """Formats, bits, bytes and predicted time of weights."""
+    table = Table(title=title)
+    for name in ("weights", "formats"):
+        table.add_column(name, overflow="fold")
+    for name in ("n", "parameters", "payload", "true", "KB", "µs/token"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        bits = (f"{row.payload_bits:.2f}", f"{row.true_bits:.2f}")
+        sizes = (f"{row.bytes / 1e3:,.0f}", f"{row.seconds * 1e6:,.0f}")
+        table.add_row(row.name, row.formats, str(row.weights), f"{row.parameters:,}", *bits, *sizes)
+    return table
+
+
+def cost_line(cost: Cost) -> str:
+    """The whole module in a line."""
+    return (
+        f"weights {cost.bytes / 1e6:.1f} MB, payload {cost.payload_bits:.3f} bits, true {cost.true_bits:.3f} "
+        f"bits, predicted {cost.decode_seconds * 1e3:.2f} ms/token, prefill of 512 {cost.prefill_seconds:.2f} s"
+    )
+
+
+def closing_lines(compiled: Compiled) -> Iterator[str]:
+    """What a compile reached, what was not quantized and why, and what to do next."""
+    manifest, check = compiled.manifest, compiled.check.against_original
+    size = sum(entry.size_bytes for entry in manifest.files.values())
+    yield (
+        f"{size / 1e6:.1f} MB, payload {manifest.payload_bits:.3f} bits, true {manifest.true_bits:.3f} bits, "
+        f"whole model {manifest.whole_model_bits:.3f} bits; "
+        f"predicted {compiled.cost.decode_seconds * 1e3:.2f} ms/token"
+    )
+    if isinstance(check, Comparison):
+        yield (
+            f"checked on {check.tokens} tokens: KL {check.kl:.4f} nats to the original, "
+            f"top token agrees {check.top1_agreement:.1%}"
+        )
+    else:
+        yield f"checked on {check.tokens} tokens: cosine {check.cosine:.4f} to the original"
+    yield from (f"note: {note}" for note in compiled.notes)
+    yield f"took {compiled.seconds:.0f} s, at most {peak_bytes() / 1e9:.2f} GB of memory"
+    verb = "run" if manifest.kind == "decoder" else "inspect"
+    yield f"next: gammac {verb} {compiled.folder}" + (" --prompt …" if verb == "run" else "")
+
+
+def estimate(plan: Plan, found: Estimate) -> Table:
+    """What a dry run tells."""
+    cost = found.cost
+    seconds = found.seconds
+    rows = {
+        "size": f"{cost.bytes / 1e6:.1f} MB",
+        "payload bits": f"{cost.payload_bits:.3f}",
+        "true bits": f"{cost.true_bits:.3f}",
+        "whole-model bits": f"{cost.whole_model_bits:.3f}",
+        "predicted decode": f"{cost.decode_seconds * 1e3:.2f} ms/token",
+        "memory at run time": f"{cost.peak_bytes / 1e6:.0f} MB",
+        "compile time": f"about {seconds:.0f} s" if seconds < 90 else f"about {seconds / 60:.0f} min",
+        "compile memory": f"about {found.peak_bytes / 1e9:.1f} GB",
+        "calibration": f"{found.calibration_tokens} tokens",
+    }
+    return figures(f"{plan.source.name} → {plan.target.name} (dry run)", rows)
+
+
+def figures(title: str, found: Mapping[str, Any]) -> Table:
+    """Names and values."""
+    table = Table(title=title, show_header=False)
+    for name, value in found.items():
+        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+    return table
+
+
+def records(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Rows with the same keys."""
+    table = Table(*(rows[0] if rows else ()), title=title)
+    for row in rows:
+        table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
+    return table
+
+
+def timings(steps: Sequence[Step]) -> Table:
+    """What each pass took."""
+    table = Table("pass", "seconds", "", title="passes")
+    for name, seconds, cached in timing_rows(steps):
+        table.add_row(name, f"{seconds:.1f}", "from the cache" if cached else "")
+    return table
+
+
+def op_counts(module: Module) -> Iterator[str]:
+    """How often each function uses each op."""
+    for function in module.functions.values():
+        counts: dict[str, int] = {}
+        for op in function.ops:
+            counts[op.name] = counts.get(op.name, 0) + 1
+        parts = ", ".join(f"{n} {name}" for name, n in sorted(counts.items(), key=lambda c: (-c[1], c[0])))
+        yield f"@{function.name}: {len(function.ops)} ops: {parts}"
+
+
+def passes(table_of_passes: Mapping[str, type[Pass]]) -> Table:
+    """Names, options with their defaults, and invariants."""
+    table = Table("pass", "options", "requires", "ensures")
+    for name, kind in table_of_passes.items():
+        options = ", ".join(f"{f.name}={f.default}" for f in dataclasses.fields(kind))  # type: ignore[arg-type]
+        table.add_row(
+            name, options, *(", ".join(i.__name__ for i in g) for g in (kind.requires, kind.ensures))
+        )
+    return table
+
+
+def targets(found: Sequence[Target]) -> Table:
+    """One row a target."""
+    table = Table("target", "emitter", "threads", "GB/s", "description")
+    for target in found:
+        table.add_row(
+            target.name, target.emitter, str(target.threads), f"{target.dram_gbps:g}", target.description
+        )
+    return table
+
+
+def kernels(target: Target) -> Table:
+    """What a target runs fast."""
+    title = f"{target.name}: {target.description} ({target.emitter}, {target.arch})"
+    table = Table("kernel", "for", "bits", "group sizes", "needs", title=title)
+    for kernel in target.kernels:
+        groups = " ".join(str(g) if g else "channel" for g in kernel.groups)
+        needs = "a C++ compiler" if kernel.needs_compiler else ""
+        table.add_row(kernel.op, kernel.role, " ".join(map(str, kernel.bits)), groups, needs)
+    return table
+
+
+def models(found: Mapping[str, ZooModel]) -> Table:
+    """The zoo."""
+    table = Table("model", "parameters", "licence", "description")
+    for name, model in found.items():
+        table.add_row(name, f"{model.parameters:,}", model.licence, model.description)
+    return table

@@ -1,0 +1,104 @@
+"""GPTQ (Frantar et al. 2022, arXiv 2210.17323): round column by column, and let the columns still
+to come make up for the error.
+
+Columns go in order of decreasing diagonal of the Gram matrix (act-order). Scales and zero points are
+chosen before the sweep from the original weights (static groups), so that the stored group index of
+a column stays column // group. All formats of a weight share one sweep: rows don't interact, so the
+formats are just more rows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Final
+
+import torch
+from torch import Tensor
+
+from gammac.diagnostics import CompileError
+from gammac.formats import Format, Quantized
+from gammac.passes.quantizers.grid import Grid, as_quantized, choose_grid
+
+DAMPING_TRIES: Final = 5
+
+
+@dataclass(frozen=True)
+class Gptq:
+    """`damping` is a share of the mean diagonal; `block` columns are swept before the rest is updated."""
+
+    name: ClassVar[str] = "gptq"
+    needs_gram: ClassVar[bool] = True
+    clip: str = "mse"
+    act_order: bool = True
+    damping: float = 0.01
+    block: int = 128
+
+    def quantize(self, weight: Tensor, gram: Tensor | None, formats: Sequence[Format]) -> list[Quantized]:
+        """See Quantizer. Raises CompileError when the Gram matrix has no usable inverse."""
+        assert gram is not None, "gptq needs the Gram matrix of the inputs"
+        columns = weight.shape[1]
+        diagonal = gram.diagonal()
+        dead = diagonal <= 0  # inputs that never fired: whatever they are multiplied by is lost
+        order = (
+            torch.argsort(diagonal, descending=True, stable=True) if self.act_order else torch.arange(columns)
+        )
+        factor = inverse_factor(gram[order][:, order], self.damping)
+        weight = weight.masked_fill(dead, 0.0)
+        importance = diagonal.clamp(min=0)
+        grids = [choose_grid(weight, f, self.clip, importance) for f in formats]
+        codes = _sweep(weight, grids, formats, order, factor, self.block)
+        return [as_quantized(c, g, f) for c, g, f in zip(codes, grids, formats, strict=True)]
+
+
+def inverse_factor(gram: Tensor, damping: float) -> Tensor:
+    """U, upper triangular, with UᵀU = (G + damping · mean diagonal · I)⁻¹ [columns, columns].
+
+    Where the matrix is not positive definite the damping grows tenfold, in double precision.
+    Raises CompileError after five tries.
+    """
+    mean = gram.diagonal().mean().clamp(min=1e-12)
+    for attempt in range(DAMPING_TRIES):
+        matrix = (gram if attempt == 0 else gram.double()).clone()
+        matrix.diagonal().add_(damping * 10**attempt * mean)
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        if failed:
+            continue
+        inverse = torch.cholesky_inverse(factor)
+        upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+        if not failed and bool(torch.isfinite(upper).all()):
+            return upper.float()
+    raise CompileError(
+        "the Gram matrix of the inputs has no inverse, however much it is damped",
+        hint="calibrate on more or other text: the inputs hold NaN, infinity or nothing at all",
+    )
+
+
+def _sweep(
+    weight: Tensor,
+    grids: Sequence[Grid],
+    formats: Sequence[Format],
+    order: Tensor,
+    factor: Tensor,
+    block: int,
+) -> list[Tensor]:
+    """Codes f32 [rows, columns] of each format, in the original order of columns."""
+    rows, columns = weight.shape
+    # a column at a time is read and written: keep it contiguous
+    left = weight[:, order].t().repeat(1, len(formats)).contiguous()
+    groups = [order // f.inputs_per_scale(columns) for f in formats]
+    scales = torch.cat([g.scales.t()[i] for g, i in zip(grids, groups, strict=True)], dim=1)
+    zeros = torch.cat([g.zeros.t()[i] for g, i in zip(grids, groups, strict=True)], dim=1)
+    levels = torch.cat([torch.full((rows,), float(f.levels)) for f in formats])
+    codes = torch.empty_like(left)
+    zero = torch.zeros(())
+    for start in range(0, columns, block):
+        end = min(start + block, columns)
+        errors = torch.empty(end - start, left.shape[1])
+        for i in range(start, end):
+            code = torch.clamp((left[i] / scales[i]).round_().add_(zeros[i]), zero, levels)
+            error = (left[i] - (code - zeros[i]).mul_(scales[i])).div_(factor[i, i])
+            left[i + 1 : end].addr_(factor[i, i + 1 : end], error, alpha=-1)
+            codes[i], errors[i - start] = code, error
+        left[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
+    restored = torch.empty_like(codes)
+    restored[order] = codes
+    return [part.t().contiguous() for part in restored.split(rows, dim=1)]

@@ -1,0 +1,29 @@
+"""Options and fixtures that every test may use."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# tests never ask a hub, and never touch the user's cache
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="rewrite the second half of tests/ir/*.gir")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    missing = pytest.mark.skip(reason=f"the evaluation texts are not at {DATA}")
+    for item in items:
+        if "data" in item.keywords and not DATA.exists():
+            item.add_marker(missing)
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder of evaluation texts, for tests marked `data`."""
+    return DATA
