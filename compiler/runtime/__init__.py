@@ -1,0 +1,1 @@
+"""Artifacts: written, opened, run, evaluated, timed. Nothing here prints."""

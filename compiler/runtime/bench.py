@@ -1,0 +1,218 @@
+"""Speed, memory and size of an artifact, side by side with a peer and with the machine's limit.
+
+Decode is 128 tokens after a prompt of 32, batch 1; prefill is 512 tokens; five rounds after one
+warm-up. An absolute figure is a note: what counts is the ratio of two things measured in turns.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Final
+
+import numpy as np
+import onnx
+
+from gammac.diagnostics import CompileError
+from gammac.runtime.probe import Load
+from gammac.runtime.runners import GenaiRunner, Runner, SessionRunner
+from gammac.runtime.session import OnnxSession, default_threads, open_session
+
+STREAM_BYTES: Final = 256 << 20
+"""Far more than a last-level cache holds."""
+
+READS_A_ROW: Final = ("Gather", "GatherBlockQuantized", "GroupQueryAttention", "RotaryEmbedding")
+"""Operators that look a few rows up in a table (embedding, rotary) rather than read it."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is timed: tokens of the decode's prompt, tokens decoded, tokens of the prefill, rounds."""
+
+    prompt: int = 32
+    new: int = 128
+    prefill: int = 512
+    rounds: int = 5
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """One figure a round, in order."""
+
+    values: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The middle one."""
+        return median(self.values)
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """Rates in tokens a second; `bytes_per_token` is weights and cache read by a decode step."""
+
+    threads: int
+    work: Work
+    decode: Rounds
+    prefill: Rounds
+    load: Load
+    size_bytes: int
+    read_bytes_per_second: Rounds
+    bytes_per_token: int
+
+    @property
+    def share_of_limit(self) -> float:
+        """Decode rate over the rate at which the machine could read the bytes: 1 is the limit."""
+        rates = zip(self.decode.values, self.read_bytes_per_second.values, strict=True)
+        return median(rate * self.bytes_per_token / bandwidth for rate, bandwidth in rates)
+
+
+@dataclass(frozen=True)
+class PairResult:
+    """Two contestants in turns. Ratios are ours over theirs, round by round."""
+
+    threads: int
+    work: Work
+    decode: tuple[Rounds, Rounds]
+    prefill: tuple[Rounds, Rounds]
+    load: tuple[Load, Load]
+    size_bytes: tuple[int, int]
+
+    @property
+    def decode_ratio(self) -> float:
+        """The median of the rounds' ratios; above 1 we are faster."""
+        return _ratio(*self.decode)
+
+    @property
+    def prefill_ratio(self) -> float:
+        """The median of the rounds' ratios; above 1 we are faster."""
+        return _ratio(*self.prefill)
+
+
+def _ratio(ours: Rounds, theirs: Rounds) -> float:
+    return median(a / b for a, b in zip(ours.values, theirs.values, strict=True))
+
+
+def bench(artifact: Path, *, threads: int | None = None, work: Work = Work()) -> BenchResult:
+    """Time an artifact. Raises CompileError when it can't be opened or is no decoder."""
+    threads = threads or default_threads()
+    session = _decoder(artifact, threads)
+    rates = _in_turns({"ours": SessionRunner(session)}, work, lambda: read_bandwidth(threads))
+    mean_past = work.prompt + (work.new + 1) / 2
+    return BenchResult(
+        threads,
+        work,
+        rates["ours decode"],
+        rates["ours prefill"],
+        load_in_process(artifact, threads, "gammac"),
+        size_of(artifact),
+        rates["bandwidth"],
+        weight_bytes_per_token(session.model.path) + round(session.cache_bytes_per_token * mean_past),
+    )
+
+
+def bench_pair(
+    ours: Path, peer: Path, *, threads: int | None = None, work: Work = Work(), runtime: str = "gammac"
+) -> PairResult:
+    """Time an artifact against a folder in onnxruntime-genai, round by round in turns.
+
+    `runtime` is what runs ours: gammac's session, or genai too. Raises CompileError when one can't be
+    opened or onnxruntime-genai is not installed.
+    """
+    threads = threads or default_threads()
+    mine: Runner = (
+        GenaiRunner(ours, threads) if runtime == "genai" else SessionRunner(_decoder(ours, threads))
+    )
+    rates = _in_turns({"ours": mine, "peer": GenaiRunner(peer, threads)}, work)
+    return PairResult(
+        threads,
+        work,
+        (rates["ours decode"], rates["peer decode"]),
+        (rates["ours prefill"], rates["peer prefill"]),
+        (load_in_process(ours, threads, runtime), load_in_process(peer, threads, "genai")),
+        (size_of(ours), size_of(peer)),
+    )
+
+
+def _decoder(folder: Path, threads: int) -> OnnxSession:
+    session = open_session(folder, threads)
+    if session.kind != "decoder":
+        raise CompileError(f"{folder} is an encoder, it decodes nothing", hint="bench takes a decoder")
+    return session
+
+
+def _in_turns(
+    runners: Mapping[str, Runner], work: Work, bandwidth: Callable[[], float] | None = None
+) -> dict[str, Rounds]:
+    found: dict[str, list[float]] = {}
+    for _ in range(work.rounds + 1):
+        for name, runner in runners.items():
+            decode = work.new / runner.decode_seconds(work.prompt, work.new)
+            prefill = work.prefill / runner.prefill_seconds(work.prefill)
+            found.setdefault(f"{name} decode", []).append(decode)
+            found.setdefault(f"{name} prefill", []).append(prefill)
+        if bandwidth is not None:
+            found.setdefault("bandwidth", []).append(bandwidth())
+    # the first round warms up: pages, caches, clocks
+    return {name: Rounds(tuple(values[1:])) for name, values in found.items()}
+
+
+def read_bandwidth(threads: int) -> float:
+    """Bytes a second of streaming reads: the best of a few passes over 256 MiB, all threads at once."""
+    array = np.ones(STREAM_BYTES // 8, np.int64)
+    parts = np.array_split(array, threads)
+    with ThreadPoolExecutor(threads) as pool:
+        return STREAM_BYTES / min(_seconds(pool, parts) for _ in range(4))
+
+
+def _seconds(pool: ThreadPoolExecutor, parts: Sequence[np.ndarray]) -> float:
+    started = time.perf_counter()
+    # numpy lets other threads run while it reduces, and a maximum needs no arithmetic to speak of
+    list(pool.map(np.max, parts))
+    return time.perf_counter() - started
+
+
+def weight_bytes_per_token(model: Path) -> int:
+    """Bytes of the weights that one decode step of an ONNX file reads; tables are not read whole."""
+    graph = onnx.load(str(model), load_external_data=False).graph
+    read = {name for node in graph.node if node.op_type not in READS_A_ROW for name in node.input}
+    return sum(_bytes_of(tensor) for tensor in graph.initializer if tensor.name in read)
+
+
+def _bytes_of(tensor: onnx.TensorProto) -> int:
+    # onnx knows types narrower than a byte, two or four to a byte
+    size = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    length = next((int(entry.value) for entry in tensor.external_data if entry.key == "length"), 0)
+    return length or int(np.prod(tensor.dims, dtype=np.int64)) * size
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of an artifact's files, or of any other folder's."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return sum(path.stat().st_size for path in files)
+
+
+def load_in_process(folder: Path, threads: int, runtime: str) -> Load:
+    """Load a folder in a fresh process. Raises CompileError with the process's last words if it fails."""
+    with tempfile.TemporaryDirectory() as scratch:
+        result = Path(scratch) / "load.json"
+        command = [
+            sys.executable,
+            "-m",
+            "gammac.runtime.probe",
+            str(folder),
+            str(threads),
+            runtime,
+            str(result),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0 or not result.is_file():
+            last = (done.stderr.strip().splitlines() or ["it was killed"])[-1]
+            raise CompileError(f"{folder} can't be loaded by {runtime}: {last}")
+        return Load(**json.loads(result.read_text()))
