@@ -1,0 +1,1 @@
+"""The front end: a transformers model in, a module with `@forward` out."""
