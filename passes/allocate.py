@@ -20,7 +20,8 @@ from gammac.budget import ENERGY, KINDS, LATENCY, PAYLOAD, SIZE, TRUE, Budget, p
 from gammac.diagnostics import CompileError
 from gammac.formats import parse_format
 from gammac.ir import Module, Op, Value, Weight
-from gammac.passes.allocation_problem import Choice, Group, Infeasible, choose
+from gammac.passes.allocation_problem import Choice, Group
+from gammac.passes.allocation_search import Infeasible, choose
 from gammac.passes.quantize import weights_have_formats
 from gammac.passes.sensitivity.scores import weights_have_scores
 from gammac.pipeline import Context, Invariant

@@ -6,11 +6,10 @@
                 x binary
 
 Costs and capacities are integers (bits, bytes, nanoseconds), so that "within the limit" is exact. Build,
-solve and read back are three functions; `choose` puts them together.
+solve and read back are three functions; `allocation_search` puts them to use.
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -42,43 +41,6 @@ Group = tuple[Choice, ...]
 Picks = tuple[int, ...]  # for each group the index of its choice
 
 
-class Infeasible(Exception):
-    """The limits cannot be met. `limit` is the tightest, `needed` the least capacity that would do."""
-
-    def __init__(self, limit: int, needed: int) -> None:
-        super().__init__(f"limit {limit} needs {needed}")
-        self.limit, self.needed = limit, needed
-
-
-def choose(groups: Sequence[Group], capacities: Costs) -> Picks:
-    """The best choice for each group, the same for equal inputs. Raises Infeasible."""
-    kept = [undominated(group) for group in groups]
-    small = [tuple(group[i] for i in rows) for group, rows in zip(groups, kept, strict=True)]
-    picks: Picks = (0,) * len(small)  # the first of each is its best
-    if not fits(small, picks, capacities):
-        check_each_limit(small, capacities)
-        found = _solve_exactly(small, capacities, [[c.score for c in group] for group in small])
-        if found is None:
-            raise least_excess(small, capacities)
-        picks = first_the_best(small, upgraded(small, found, capacities))
-    return tuple(rows[i] for rows, i in zip(kept, picks, strict=True))
-
-
-def _rank(choice: Choice) -> tuple[float, Costs, tuple[int, ...], str]:
-    return (choice.score, choice.costs, choice.size, choice.name)
-
-
-def undominated(group: Group) -> list[int]:
-    """Indices of the choices that no other one beats in score and in every cost, the best score first."""
-    kept: list[int] = []
-    for index in sorted(range(len(group)), key=lambda i: _rank(group[i])):
-        costs = group[index].costs
-        # whoever is kept already scores at least as well
-        if not any(all(a <= b for a, b in zip(group[k].costs, costs, strict=True)) for k in kept):
-            kept.append(index)
-    return kept
-
-
 def used(groups: Sequence[Group], picks: Picks, limits: int) -> Costs:
     """What a solution takes of each of so many limits."""
     chosen = [group[pick] for group, pick in zip(groups, picks, strict=True)]
@@ -87,16 +49,12 @@ def used(groups: Sequence[Group], picks: Picks, limits: int) -> Costs:
 
 def fits(groups: Sequence[Group], picks: Picks, capacities: Costs) -> bool:
     """Whether a solution is within every limit, exactly."""
-    return _within(used(groups, picks, len(capacities)), capacities)
+    return within(used(groups, picks, len(capacities)), capacities)
 
 
-def _within(amounts: Sequence[int], capacities: Costs) -> bool:
+def within(amounts: Sequence[int], capacities: Costs) -> bool:
+    """Whether no amount exceeds its capacity."""
     return all(amount <= capacity for amount, capacity in zip(amounts, capacities, strict=True))
-
-
-def score_of(groups: Sequence[Group], picks: Picks) -> float:
-    """The total score."""
-    return math.fsum(group[pick].score for group, pick in zip(groups, picks, strict=True))
 
 
 # ---- the program --------------------------------------------------------------------------------
@@ -143,11 +101,11 @@ def _rows(groups: Sequence[Group], capacities: Costs) -> tuple[list[list[float]]
     rows: list[list[float]] = []
     limits: list[float] = []
     for k, capacity in enumerate(capacities):
-        least = [min(c.costs[k] for c in group) for group in groups]
-        above = [c.costs[k] - low for group, low in zip(groups, least, strict=True) for c in group]
+        lows = [min(c.costs[k] for c in group) for group in groups]
+        above = [c.costs[k] - low for group, low in zip(groups, lows, strict=True) for c in group]
         shared = math.gcd(*above) or 1
         rows.append([a / shared for a in above])
-        limits.append((capacity - sum(least)) // shared + SLACK)
+        limits.append((capacity - sum(lows)) // shared + SLACK)
     return rows, limits
 
 
@@ -175,15 +133,12 @@ def read_back(program: Program) -> Picks:
     return tuple(int(np.argmax(values[start:end])) for start, end in bounds)
 
 
-def _solve_exactly(
+def solve_within(
     groups: Sequence[Group], capacities: Costs, objective: Sequence[Sequence[float]]
 ) -> Picks | None:
-    """The optimum within the limits; None if there is no solution.
-
-    A solution that floating point let through above a limit is cut off and the program solved again.
-    """
+    """One program. A solution that floating point let through above a limit is cut off, and so on."""
     excluded: list[Picks] = []
-    while True:
+    while within(least(groups, capacities), capacities):
         program = build(groups, capacities, objective, excluded)
         if not solve(program):
             return None
@@ -191,76 +146,9 @@ def _solve_exactly(
         if fits(groups, picks, capacities):
             return picks
         excluded.append(picks)
+    return None
 
 
-# ---- around it ----------------------------------------------------------------------------------
-
-
-def check_each_limit(groups: Sequence[Group], capacities: Costs) -> None:
-    """Raises Infeasible for the limit that is exceeded the most even by the cheapest choices."""
-    over: list[tuple[float, int, int]] = []
-    for k, capacity in enumerate(capacities):
-        needed = sum(min(c.costs[k] for c in group) for group in groups)
-        if needed > capacity:
-            over.append((needed / max(capacity, 1), k, needed))
-    if over:
-        _, limit, needed = max(over)
-        raise Infeasible(limit, needed)
-
-
-def least_excess(groups: Sequence[Group], capacities: Costs) -> Infeasible:
-    """Limits that only together cannot be met: the one whose capacity must grow least, and to what."""
-    found: list[tuple[float, int, int]] = []
-    for k, capacity in enumerate(capacities):
-        others = [tuple(_without(c, k) for c in group) for group in groups]
-        wanted = [[float(c.costs[k]) for c in group] for group in groups]
-        picks = _solve_exactly(others, capacities[:k] + capacities[k + 1 :], wanted)
-        if picks is not None:
-            needed = used(groups, picks, len(capacities))[k]
-            found.append((needed / max(capacity, 1), k, needed))
-    assert found, "each limit alone can be met, so one of them can grow until all are"
-    _, limit, needed = min(found)
-    return Infeasible(limit, needed)
-
-
-def _without(choice: Choice, k: int) -> Choice:
-    return Choice(choice.name, choice.score, choice.costs[:k] + choice.costs[k + 1 :])
-
-
-def upgraded(groups: Sequence[Group], picks: Picks, capacities: Costs) -> Picks:
-    """Take better choices while one fits, so that what is left of a limit is less than any upgrade needs.
-
-    An optimum has none left; what the solver's tolerance hid is found here.
-    """
-    found, spent = list(picks), used(groups, picks, len(capacities))
-    while True:
-        better = [
-            (group[found[g]].score - choice.score, -g, -i)
-            for g, group in enumerate(groups)
-            for i, choice in enumerate(group)
-            if choice.score < group[found[g]].score
-            and _within(_moved(spent, group[found[g]], choice), capacities)
-        ]
-        if not better:
-            return tuple(found)
-        _, g, i = max(better)
-        spent = _moved(spent, groups[-g][found[-g]], groups[-g][-i])
-        found[-g] = -i
-
-
-def _moved(spent: Costs, old: Choice, new: Choice) -> Costs:
-    return tuple(s - a + b for s, a, b in zip(spent, old.costs, new.costs, strict=True))
-
-
-def first_the_best(groups: Sequence[Group], picks: Picks) -> Picks:
-    """Among groups with equal choices it does not matter which gets what: the first get the best."""
-    alike: dict[Group, list[int]] = defaultdict(list)
-    for index, group in enumerate(groups):
-        alike[group].append(index)
-    found = list(picks)
-    for group, members in alike.items():
-        ranks = {i: _rank(choice) for i, choice in enumerate(group)}
-        ordered = sorted((picks[m] for m in members), key=ranks.__getitem__)
-        for member, pick in zip(members, ordered, strict=True):
-            found[member] = pick
-    return tuple(found)
+def least(groups: Sequence[Group], capacities: Costs) -> list[int]:
+    """What the cheapest choices take of each limit."""
+    return [sum(min(c.costs[k] for c in group) for group in groups) for k in range(len(capacities))]

@@ -11,7 +11,7 @@ from typing import Final
 
 from gammac.diagnostics import CompileError
 from gammac.formats import Format, parse_format
-from gammac.ir import Function, Module, Op, TensorType, Value, Weight, WeightRef
+from gammac.ir import Function, Module, Op, TensorType, Weight, WeightRef
 from gammac.ir.types import BYTES, evaluate
 from gammac.targets.target import BLOCK, Kernel, Target
 
@@ -20,6 +20,7 @@ FLOAT_BYTES: Final = 4  # artifacts keep what is not quantized in f32
 STRIP_ROWS, CHUNK_COLUMNS = 4, 64  # MatMulAnyBits pads to these
 
 Formats = Mapping[str, str]
+Sizes = dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,6 @@ def _any_bits_bytes(rows: int, columns: int, format_: Format, groups: int, scale
     return codes + strips * STRIP_ROWS * groups * scale_bytes + zeros
 
 
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 # ---- seconds ------------------------------------------------------------------------------------
 
 
@@ -127,9 +124,6 @@ def _measured(rows: int, columns: int, format_: Format | None, target: Target) -
     wanted = ("linear", name, rows, columns, target.threads)
     found = (m.seconds for m in target.measured if (m.op, m.format, m.rows, m.columns, m.threads) == wanted)
     return next(found, None)
-
-
-Sizes = dict[str, int]
 
 
 def sizes_of(seq: int, past: int) -> Sizes:
@@ -227,8 +221,8 @@ def weight_cost(
         return WeightCost(weight.name, role, "", numel, 8 * bytes_, 8 * bytes_, bytes_, seconds)
     rows, columns = _rows(weight), _columns(weight)
     return WeightCost(
-        weight.name, role, format_.name, numel,
-        format_.payload_bits(rows, columns), format_.storage_bits(rows, columns),
+        weight.name, role, format_.name, numel, format_.payload_bits(rows, columns),
+        format_.storage_bits(rows, columns),
         stored_bytes(rows, columns, format_, target, role or BLOCK), seconds,
     )  # fmt: skip
 
@@ -253,8 +247,7 @@ def module_cost(module: Module, target: Target, formats: Formats | None = None, 
 def _seconds(
     module: Module, chosen: tuple[Function, Sizes] | None, target: Target, formats: Formats | None
 ) -> float:
-    function, sizes = chosen or (None, {})
-    return sum(op_seconds(op, module, target, sizes, formats) for op in (function.ops if function else ()))
+    return sum(op_seconds(op, module, target, chosen[1], formats) for op in chosen[0].ops) if chosen else 0.0
 
 
 def _peak_bytes(module: Module, target: Target, formats: Formats | None) -> int:
@@ -274,17 +267,21 @@ def _resident(weight: Weight, target: Target, formats: Formats | None) -> int:
 
 def _widest(function: Function, sizes: Sizes) -> int:
     """The most bytes of values alive at once, each from the op that makes it to the last that reads it."""
-    last = {o: i for i, op in enumerate(function.ops) for o in op.operands if isinstance(o, Value)}
-    last |= {o: len(function.ops) for o in function.returns if isinstance(o, Value)}
+    last = {o: i for i, op in enumerate(function.ops) for o in op.operands}
     alive = widest = sum(_bytes(p.type, sizes) for p in function.params)
     ends: dict[int, int] = defaultdict(int)
     for index, op in enumerate(function.ops):
         for value in op.results:
             alive += _bytes(value.type, sizes)
-            ends[last.get(value, index)] += _bytes(value.type, sizes)
+            if value not in function.returns:
+                ends[last.get(value, index)] += _bytes(value.type, sizes)
         widest = max(widest, alive)
         alive -= ends[index]
     return widest
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 def _bytes(type_: TensorType, sizes: Sizes) -> int:
