@@ -1,7 +1,5 @@
 """What a person wants to see of a module or a compile, as rows; the command line draws them."""
 
-import resource
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +7,7 @@ from dataclasses import dataclass
 from gammac.calibration import block_index
 from gammac.ir import Module
 from gammac.pipeline import Step
+from gammac.runtime.bench import BenchResult, PairResult
 from gammac.targets.cost import WeightCost, weight_costs
 from gammac.targets.target import Target
 
@@ -58,12 +57,38 @@ def _row(name: str, costs: list[WeightCost]) -> Row:
     )  # fmt: skip
 
 
-def peak_bytes() -> int:
-    """The most memory that this process has held."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def timing_rows(steps: Sequence[Step]) -> list[tuple[str, float, bool]]:
     """Pass, seconds, and whether its result came from the cache."""
     return [(step.pass_.name, step.seconds, step.cached) for step in steps]
+
+
+def bench_figures(found: BenchResult) -> dict[str, float | int]:
+    """One artifact's speed, memory and size; rates are medians over the rounds."""
+    return {
+        "threads": found.threads,
+        "decode tokens/s": found.decode.median,
+        "prefill tokens/s": found.prefill.median,
+        "seconds to the first token": found.load.first_token_seconds,
+        "peak resident MB": found.load.peak_rss_bytes / 1e6,
+        "size MB": found.size_bytes / 1e6,
+        "read bandwidth GB/s": found.read_bytes_per_second.median / 1e9,
+        "MB read per token": found.bytes_per_token / 1e6,
+        "share of the bandwidth limit": found.share_of_limit,
+    }
+
+
+def pair_figures(found: PairResult) -> dict[str, float | int]:
+    """An artifact beside a peer: ratios are ours over theirs, so above 1 is faster, larger, longer."""
+    (ours, theirs), (size, peer_size) = found.load, found.size_bytes
+    return {
+        "threads": found.threads,
+        "decode ratio": found.decode_ratio,
+        "decode tokens/s": found.decode[0].median,
+        "peer's": found.decode[1].median,
+        "prefill ratio": found.prefill_ratio,
+        "prefill tokens/s": found.prefill[0].median,
+        "peer's prefill": found.prefill[1].median,
+        "load time ratio": ours.first_token_seconds / theirs.first_token_seconds,
+        "peak memory ratio": ours.peak_rss_bytes / theirs.peak_rss_bytes,
+        "size ratio": size / peer_size,
+    }

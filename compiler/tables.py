@@ -12,7 +12,8 @@ from gammac.ir import Module
 from gammac.models_zoo.registry import ZooModel
 from gammac.pipeline import Pass, Step
 from gammac.runtime.evaluate import Comparison
-from gammac.summary import Row, peak_bytes, timing_rows
+from gammac.runtime.probe import peak_rss_bytes
+from gammac.summary import Row, timing_rows
 from gammac.targets.cost import Cost
 from gammac.targets.target import Target
 
@@ -34,8 +35,9 @@ def weights(title: str, rows: Sequence[Row]) -> Table:
 def cost_line(cost: Cost) -> str:
     """The whole module in a line."""
     return (
-        f"weights {cost.bytes / 1e6:.1f} MB, payload {cost.payload_bits:.3f} bits, true {cost.true_bits:.3f} "
-        f"bits, predicted {cost.decode_seconds * 1e3:.2f} ms/token, prefill of 512 {cost.prefill_seconds:.2f} s"
+        f"weights {cost.bytes / 1e6:.1f} MB, payload {cost.payload_bits:.3f} bits, "
+        f"true {cost.true_bits:.3f} bits, predicted {cost.decode_seconds * 1e3:.2f} ms/token, "
+        f"prefill of 512 tokens {cost.prefill_seconds:.2f} s"
     )
 
 
@@ -56,7 +58,7 @@ def closing_lines(compiled: Compiled) -> Iterator[str]:
     else:
         yield f"checked on {check.tokens} tokens: cosine {check.cosine:.4f} to the original"
     yield from (f"note: {note}" for note in compiled.notes)
-    yield f"took {compiled.seconds:.0f} s, at most {peak_bytes() / 1e9:.2f} GB of memory"
+    yield f"took {compiled.seconds:.0f} s, at most {peak_rss_bytes() / 1e9:.2f} GB of memory"
     verb = "run" if manifest.kind == "decoder" else "inspect"
     yield f"next: gammac {verb} {compiled.folder}" + (" --prompt …" if verb == "run" else "")
 
@@ -84,14 +86,6 @@ def figures(title: str, found: Mapping[str, Any]) -> Table:
     table = Table(title=title, show_header=False)
     for name, value in found.items():
         table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
-    return table
-
-
-def records(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Rows with the same keys."""
-    table = Table(*(rows[0] if rows else ()), title=title)
-    for row in rows:
-        table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
     return table
 
 

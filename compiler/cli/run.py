@@ -67,7 +67,7 @@ def eval_command(
     OUT.print(tables.figures(str(artifact), found))
 
 
-@click.command()
+@click.command("bench")
 @ARTIFACT
 @click.option(
     "--vs",
@@ -78,14 +78,18 @@ def eval_command(
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @THREADS
-def bench(artifact: Path, peer: Path | None, rounds: int, as_json: bool, threads: int | None) -> None:
+def bench_command(artifact: Path, peer: Path | None, rounds: int, as_json: bool, threads: int | None) -> None:
     """Decode and prefill tokens per second, load time, memory and size; ratios to a peer."""
-    from gammac.runtime.bench_table import bench_rows
-
-    rows = bench_rows(artifact, peer, rounds, threads)
-    if as_json:
-        click.echo(json.dumps(rows, indent=2))
-        return
     from gammac import tables
+    from gammac.runtime.bench import Work, bench, bench_pair
+    from gammac.summary import bench_figures, pair_figures
 
-    OUT.print(tables.records(str(artifact), rows))
+    work = Work(rounds=rounds)
+    if peer is None:
+        found = bench_figures(bench(artifact, threads=threads, work=work))
+    else:
+        found = pair_figures(bench_pair(artifact, peer, threads=threads, work=work))
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        OUT.print(tables.figures(str(artifact), found))
