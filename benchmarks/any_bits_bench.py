@@ -30,7 +30,8 @@ def any_bits_node(
     codes = rng.integers(0, 2**bits, (N, K), dtype=np.uint8)
     packed = pack(codes, rng.random((N, groups_of(K, group)), dtype=np.float32), None, bits, group)
     inputs = ["x", f"codes{i}", f"scales{i}"]
-    node = helper.make_node(packed.op, inputs, [f"y{i}"], domain=DOMAIN, **packed.attributes)
+    node = helper.make_node(packed.op, inputs, [f"y{i}"], domain=DOMAIN)
+    node.attribute.extend(helper.make_attribute(*item) for item in packed.attributes.items())
     return node, [(inputs[1], packed.codes), (inputs[2], packed.scales)]
 
 
@@ -43,7 +44,8 @@ def n_bits_node(
     scales = rng.random((N, blocks), dtype=np.float32)
     inputs = ["x", f"codes{i}", f"scales{i}"]
     attributes = {"N": N, "K": K, "bits": bits, "block_size": group, "accuracy_level": 4}
-    node = helper.make_node("MatMulNBits", inputs, [f"y{i}"], domain="com.microsoft", **attributes)
+    node = helper.make_node("MatMulNBits", inputs, [f"y{i}"], domain="com.microsoft")
+    node.attribute.extend(helper.make_attribute(*item) for item in attributes.items())
     return node, [(inputs[1], codes), (inputs[2], scales)]
 
 
@@ -137,7 +139,7 @@ def compare(
                 theirs, ours = (t / n * 1e6 for t, n in zip(best(runs, many), counts, strict=True))
                 rate = 2 * m * N * K / ours / 1e3
                 print(
-                    f"{N}x{K} group {group:3} M {m:4} threads {args.threads}: MatMulNBits 4b {theirs:9.1f} us   "
+                    f"{N}x{K} group {group:3} M {m:4} threads {args.threads}: NBits 4b {theirs:9.1f} us   "
                     f"ours {width}b {ours:9.1f} us ({rate:6.1f} GF/s)   {theirs / ours:5.2f}x",
                     flush=True,
                 )

@@ -9,9 +9,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from os import environ
+from os import cpu_count, environ
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Final, TypeVar
 
 import numpy as np
@@ -25,9 +27,9 @@ Bytes = npt.NDArray[np.uint8]
 DOMAIN: Final = "gammac"
 OP: Final = "MatMulAnyBits"
 OP_ZEROS: Final = "MatMulAnyBitsZeros"
-OPSET: Final = 21
 STRIP: Final = 4
 CHUNK: Final = 64
+SOURCES: Final = Path(__file__).parent / "custom_op"
 
 
 def _ceil(a: int, b: int) -> int:
@@ -156,122 +158,11 @@ def unpack(packed: PackedAnyBits) -> tuple[Bytes, npt.NDArray[np.float16], Bytes
     return codes, scales, pairs.transpose(0, 2, 1).reshape(strips * STRIP, -1)[:N, :groups]
 
 
-# The operator in standard ONNX, in onnx's own text form. Code i of 8 starts in byte `byte` of its octet, at
-# bit `shift`; the byte after holds the rest of it, and is clamped where it would be past the end, for then
-# there is no rest. Arithmetic is in uint32 (12), since ONNX Runtime shifts no 16-bit integers.
-_FUNCTION: Final = """
-<opset_import: ["" : 21], domain: "gammac">
-NAME <N, K, bits, group> (x, codes, scales INPUT) => (y)
-{
-    n = Constant <value_int: int = @N> ()
-    k = Constant <value_int: int = @K> ()
-    b = Constant <value_int: int = @bits> ()
-    wide = Constant <value_int: int = @group> ()
-    zero = Constant <value_int = 0> ()
-    one = Constant <value_int = 1> ()
-    eight = Constant <value_int = 8> ()
-    rest = Constant <value_ints = [-1]> ()
-    axis0 = Constant <value_ints = [0]> ()
-    axis1 = Constant <value_ints = [1]> ()
-    axis2 = Constant <value_ints = [2]> ()
-    four = Constant <value_ints = [4]> ()
-    chunk = Constant <value_ints = [64]> ()
-    origin = Constant <value_ints = [0, 0]> ()
-    two = Constant <value_float = 2.0> ()
-
-    octet = Range (zero, eight, one)
-    start = Mul (octet, b)
-    byte = Div (start, eight)
-    bit = Mod (start, eight)
-    shift = Cast <to = 12> (bit)
-    following = Add (byte, one)
-    last = Sub (b, one)
-    next = Min (following, last)
-    byte_bits = Cast <to = 12> (eight)
-    b_float = Cast <to = 1> (b)
-    levels = Pow (two, b_float)
-    levels_int = Cast <to = 7> (levels)
-    mask_int = Sub (levels_int, one)
-    mask = Cast <to = 12> (mask_int)
-    b_axis = Unsqueeze (b, axis0)
-    octets = Concat <axis = 0> (rest, b_axis)
-CODES
-    dims = Shape (scales)
-    strips = Slice (dims, axis0, axis1)
-    groups = Slice (dims, axis1, axis2)
-    rows = Mul (strips, four)
-    by_row = Concat <axis = 0> (rows, rest)
-    n_axis = Unsqueeze (n, axis0)
-    k_axis = Unsqueeze (k, axis0)
-    size = Concat <axis = 0> (n_axis, k_axis)
-    chunked = Concat <axis = 0> (strips, rest, four, chunk)
-    codes_chunks = Reshape (codes_values, chunked)
-    codes_strips = Transpose <perm = [0, 2, 1, 3]> (codes_chunks)
-    codes_padded = Reshape (codes_strips, by_row)
-    code = Slice (codes_padded, origin, size)
-
-    narrow = Min (wide, k)
-    narrow_axis = Unsqueeze (narrow, axis0)
-    spread = Concat <axis = 0> (axis1, axis1, narrow_axis)
-    scales_strips = Transpose <perm = [0, 2, 1]> (scales)
-    scales_half = Reshape (scales_strips, by_row)
-    scales_rows = Cast <to = 1> (scales_half)
-SCALE
-ZERO
-    offset = Sub (code, zero_point)
-    weight = Mul (offset, scale)
-    transposed = Transpose <perm = [1, 0]> (weight)
-    y = MatMul (x, transposed)
-}
-"""
-
-_OCTETS: Final = """
-    {0}_octets = Reshape ({0}, octets)
-    {0}_wide = Cast <to = 12> ({0}_octets)
-    {0}_low = Gather <axis = 1> ({0}_wide, byte)
-    {0}_high = Gather <axis = 1> ({0}_wide, next)
-    {0}_raised = BitShift <direction = "LEFT"> ({0}_high, byte_bits)
-    {0}_both = BitwiseOr ({0}_low, {0}_raised)
-    {0}_lowered = BitShift <direction = "RIGHT"> ({0}_both, shift)
-    {0}_kept = BitwiseAnd ({0}_lowered, mask)
-    {0}_values = Cast <to = 1> ({0}_kept)
-"""
-
-# [rows, groups] to [N, K]
-_PER_INPUT: Final = """
-    {0}_column = Unsqueeze ({0}_rows, axis2)
-    {0}_spread = Expand ({0}_column, spread)
-    {0}_padded = Reshape ({0}_spread, by_row)
-    {1} = Slice ({0}_padded, origin, size)
-"""
-
-_ZEROS: Final = f"""
-{_OCTETS.format("zeros")}
-    paired = Concat <axis = 0> (strips, rest, four)
-    zeros_pairs = Reshape (zeros_values, paired)
-    zeros_strips = Transpose <perm = [0, 2, 1]> (zeros_pairs)
-    zeros_even = Reshape (zeros_strips, by_row)
-    row_groups = Concat <axis = 0> (rows, groups)
-    zeros_rows = Slice (zeros_even, origin, row_groups)
-{_PER_INPUT.format("zeros", "zero_point")}
-"""
-
-_MIDPOINT: Final = "    zero_point = Div (levels, two)"
-
-
 def function_proto(asymmetric: bool = False) -> FunctionProto:
     """The operator as a model-local function of opset 21; a model carries one for each name it uses."""
-    parts = {
-        "NAME": OP_ZEROS if asymmetric else OP,
-        "INPUT": ", zeros" if asymmetric else "",
-        "CODES": _OCTETS.format("codes"),
-        "SCALE": _PER_INPUT.format("scales", "scale"),
-        "ZERO": _ZEROS if asymmetric else _MIDPOINT,
-    }
-    text = _FUNCTION
-    for name, part in parts.items():
-        text = text.replace(name, part)
-    return onnx.parser.parse_function(text)
+    name = OP_ZEROS if asymmetric else OP
+    lines = (SOURCES / f"{name}.onnxtxt").read_text(encoding="utf-8").splitlines()
+    return onnx.parser.parse_function("\n".join(line for line in lines if not line.startswith("#")))
 
 
 class CompilerMissing(Exception):
@@ -282,16 +173,15 @@ class CompileFailed(Exception):
     """The compiler refused the operator's sources; the message is what it said."""
 
 
-SOURCES: Final = Path(__file__).parent / "custom_op"
 COMPILERS: Final = ("c++", "g++", "clang++")
 # No -march: each source picks its instruction set itself, and the processor is asked at run time.
 # -ffp-contract=off keeps the portable path the same on processors that would fuse its arithmetic.
 FLAGS: Final = (
-    *("-std=c++17", "-O3", "-w", "-fPIC", "-shared"),
+    *("-std=c++17", "-O3", "-w", "-fPIC"),
     *("-fno-exceptions", "-fno-rtti", "-fvisibility=hidden", "-ffp-contract=off"),
 )
 # Without these the linker would add a dependency on libstdc++ and an identifier; symbols name nothing of use.
-LINUX_FLAGS: Final = ("-Wl,--as-needed", "-Wl,--build-id=none", "-s")
+LINK_FLAGS: Final = {"linux": ("-Wl,--as-needed", "-Wl,--build-id=none", "-s")}
 
 
 def library_name() -> str:
@@ -314,11 +204,18 @@ def build_library(folder: Path) -> Path:
     if compiler is None:
         raise CompilerMissing("no C++ compiler: set CXX, or install one of " + ", ".join(COMPILERS))
     library = folder.resolve() / library_name()
-    sources = sorted(path.name for path in SOURCES.glob("*.cc"))
-    platform_flags = LINUX_FLAGS if sys.platform == "linux" else ()
-    command = [compiler, *FLAGS, *platform_flags, *sources, "-o", str(library)]
-    # NOTE run among the sources, so that no path of this machine can enter the library.
+    with TemporaryDirectory() as name:
+        objects = [str(Path(name) / f"{path.stem}.o") for path in sorted(SOURCES.glob("*.cc"))]
+        # NOTE run among the sources, so that no path of this machine can enter the library.
+        compiles = [[compiler, *FLAGS, "-c", f"{Path(made).stem}.cc", "-o", made] for made in objects]
+        with ThreadPoolExecutor(max_workers=cpu_count()) as pool:
+            list(pool.map(_run, compiles))
+        _run([compiler, "-shared", *objects, *LINK_FLAGS.get(sys.platform, ()), "-o", str(library)])
+    return library
+
+
+def _run(command: list[str]) -> None:
+    """Run a compiler command in the folder of the sources; CompileFailed if it fails."""
     result = subprocess.run(command, cwd=SOURCES, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise CompileFailed(result.stderr)
-    return library

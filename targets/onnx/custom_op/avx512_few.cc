@@ -140,8 +140,7 @@ ISA void few_rows(const Call& c, size_t first, size_t last, size_t row, size_t e
   for (size_t strip = first; strip < last; strip++) {
     size_t r = row;
     for (; r + 4 <= end; r += 4) strip_rows<BITS, HALVES, 4>(c, strip, r);
-    if (r + 3 == end) strip_rows<BITS, HALVES, 3>(c, strip, r), r += 3;
-    if (r + 2 == end) strip_rows<BITS, HALVES, 2>(c, strip, r), r += 2;
+    for (; r + 2 <= end; r += 2) strip_rows<BITS, HALVES, 2>(c, strip, r);
     for (; r < end; r++) {
       if constexpr (BITS <= 4) strip_rows<BITS, HALVES, 1>(c, strip, r);
       if constexpr (BITS > 4) strip_one<BITS, HALVES>(c, strip, r);
