@@ -50,8 +50,7 @@ class InterpreterSession:
     @property
     def vocab_size(self) -> int:
         """Numbers in a row of the first result."""
-        function = self._module.functions.get("forward") or next(iter(self._module.functions.values()))
-        size = function.returns[0].type.shape[-1]
+        size = self._first("forward", "prefill", "decode").returns[0].type.shape[-1]
         assert isinstance(size, int), "the last dimension of an output is fixed"
         return size
 
@@ -68,17 +67,13 @@ class InterpreterSession:
     def logits(self, tokens: Tokens) -> Logits:
         """Output f32 [batch, seq, vocab] of tokens i64 [batch, seq]; the cache is not touched."""
         check_room(tokens.shape[1], self.context)
-        name = "forward" if "forward" in self._module.functions else "prefill"
-        return _numpy(self._run(self._module.functions[name], _tensor(tokens), [])[0])
+        return _numpy(self._run(self._first("forward", "prefill", "decode"), _tensor(tokens), [])[0])
 
     def prefill(self, tokens: Tokens) -> Logits:
         """Append tokens i64 [seq] to the cache; logits f32 [vocab] after the last of them."""
         past = self._caches[0].shape[2] if self._caches else 0
         check_room(past + len(tokens), self._capacity)
-        name = "decode" if len(tokens) == 1 and past else "prefill"
-        function = self._module.functions[name]
-        if past and not _cache_params(function):
-            raise CompileError(f"@{name} takes no cache: one prefill, then single tokens")
+        function = self._first("decode") if past else self._first("prefill", "decode")
         out, *self._caches = self._run(function, _tensor(tokens)[None], self._caches)
         return _numpy(out[0, -1])
 
@@ -90,6 +85,10 @@ class InterpreterSession:
         """Empty the cache and make room for `capacity` tokens (default: the context)."""
         self._caches = []
         self._capacity = min(capacity or self._context, self._context)
+
+    def _first(self, *names: str) -> Function:
+        """The first of these functions that the module has."""
+        return next(self._module.functions[name] for name in names if name in self._module.functions)
 
     @torch.inference_mode()
     def _run(self, function: Function, tokens: Tensor, caches: list[Tensor]) -> list[Tensor]:
