@@ -112,7 +112,7 @@ def _rows(groups: Sequence[Group], capacities: Costs) -> tuple[list[list[float]]
 def _scaled(objective: Sequence[Sequence[float]]) -> "np.ndarray[Any, np.dtype[np.float64]]":
     """Scores above each group's best, the largest of them SCALE."""
     above = np.array([score - min(row) for row in objective for score in row], dtype=np.float64)
-    return above * (SCALE / (above.max() or 1.0))
+    return above / (above.max() or 1.0) * SCALE
 
 
 def solve(program: Program) -> bool:
