@@ -1,0 +1,1 @@
+"""Targets: numbers in TOML files, what things cost on them, and the emitters."""
