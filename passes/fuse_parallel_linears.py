@@ -11,10 +11,10 @@ Only weights that are stored alike are joined, row below row, so that no number 
 weight is made of stands in its `parts`.
 """
 
-import os.path
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import ClassVar
 
 import torch
@@ -107,8 +107,5 @@ def _joined(weights: list[Weight], store: WeightStore, made: dict[str, Weight]) 
 
 def _joined_name(names: list[str]) -> str:
     """`a.q.weight` and `a.k.weight` to `a.q-k.weight`."""
-    head = os.path.commonprefix(names).rpartition(".")[0]
-    reversed_tail = os.path.commonprefix([n[::-1] for n in names])
-    tail = reversed_tail[::-1].partition(".")[2] if "." in reversed_tail else ""
-    cut = slice(len(head) + 1 if head else 0, -len(tail) - 1 if tail else None)
-    return ".".join(part for part in (head, "-".join(n[cut] for n in names), tail) if part)
+    columns = zip_longest(*(name.split(".") for name in names), fillvalue="")
+    return ".".join(parts[0] if len(set(parts)) == 1 else "-".join(parts) for parts in columns)

@@ -100,11 +100,11 @@ def _match(
         return None
     turned = _shared_rotation(q, k, made_by, params)
     if turned is None:
-        return _Attention(q, k, v, *appends, None)
+        return _Attention(q, k, v, appends[0], appends[1], None)
     q, k, table = turned
     inv_freq = table.operands[1]
     assert isinstance(inv_freq, WeightRef)
-    return _Attention(q, k, v, *appends, (inv_freq, table.attrs))
+    return _Attention(q, k, v, appends[0], appends[1], (inv_freq, table.attrs))
 
 
 def _shared_rotation(

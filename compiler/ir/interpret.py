@@ -171,20 +171,21 @@ def _kv_append(attrs: Any, sizes: Any, past: Tensor, new: Tensor) -> Tensor:
 
 @_kernel
 def _gqa(
-    attrs: Any, sizes: Any, past_key: Tensor, past_value: Tensor, *rows: Tensor
+    attrs: Any, sizes: Any, past_key: Tensor, past_value: Tensor, *operands: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     heads, kv_heads, dim = attrs["heads"], attrs["kv_heads"], past_key.shape[3]
-    inv_freq = rows[-1] if attrs["rotary"] else None
-    rows = rows[: len(rows) - (inv_freq is not None)]
+    rows = list(operands)
+    inv_freq = rows.pop() if attrs["rotary"] else None
     if len(rows) == 1:
-        rows = rows[0].split([heads * dim, kv_heads * dim, kv_heads * dim], dim=-1)
-    q, k, v = (x.reshape(*x.shape[:2], -1, dim).transpose(1, 2) for x in rows)
+        rows = list(torch.split(rows[0], [heads * dim, kv_heads * dim, kv_heads * dim], dim=-1))
+    by_head: Any = [x.reshape(*x.shape[:2], -1, dim).transpose(1, 2) for x in rows]
+    q, k, v = by_head
     if inv_freq is not None:
         positions = torch.arange(q.shape[2])[None] + past_key.shape[2]
         cos, sin = _rotary_table(attrs, sizes, positions, inv_freq)
         q, k = _rope(attrs, sizes, q, cos, sin), _rope(attrs, sizes, k, cos, sin)
     key, value = torch.cat([past_key, k], 2), torch.cat([past_value, v], 2)
-    out = _attention({**attrs, "causal": True}, sizes, q, key, value)
+    out: Any = _attention({**attrs, "causal": True}, sizes, q, key, value)
     return out.transpose(1, 2).flatten(2), key, value
 
 
@@ -245,7 +246,7 @@ def _slice(attrs: Any, sizes: Any, x: Tensor) -> Tensor:
 
 @_kernel
 def _split(attrs: Any, sizes: Any, x: Tensor) -> tuple[Tensor, ...]:
-    return x.split([evaluate(size, sizes) for size in attrs["sizes"]], dim=attrs["dim"])
+    return torch.split(x, [evaluate(size, sizes) for size in attrs["sizes"]], dim=attrs["dim"])
 
 
 @_kernel

@@ -43,10 +43,10 @@ def lower_gqa(g: GraphWriter, op: Op) -> Sequence[ir.Value]:
     last = g.shared("seqlens_k", "Cast", less, to=INT32)
     scalar = g.shared("total", "Squeeze", g.sizes["total"], g.const([0]))
     total = g.shared("total_sequence_length", "Cast", scalar, to=INT32)
-    rows = [*rows, None, None] if len(rows) == 1 else rows
+    apart: list[ir.Value | None] = [*rows, None, None]
     window = attrs.get("window", 0)
     return g.ops(
-        "GroupQueryAttention", *rows, key, value, last, total, *tables, outputs=3, domain=MICROSOFT,
+        "GroupQueryAttention", *apart[:3], key, value, last, total, *tables, outputs=3, domain=MICROSOFT,
         num_heads=attrs["heads"], kv_num_heads=attrs["kv_heads"], scale=attrs["scale"],
         do_rotary=1 if tables else None, softcap=attrs.get("softcap"), local_window_size=window or None,
     )  # fmt: skip

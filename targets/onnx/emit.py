@@ -4,6 +4,7 @@ Weights are loaded, packed and written one at a time; the graph only points at t
 gives the same bytes.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -11,12 +12,13 @@ import onnx
 import onnx_ir as ir
 
 from gammac.diagnostics import CompileError, Diagnostic
-from gammac.ir import Function, Module, Operand, Sym, TensorType, Value, WeightRef
+from gammac.ir import Function, Module, Operand, Sym, TensorType, WeightRef
 from gammac.targets.onnx.any_bits import OP_ZEROS, build_library, find_compiler, function_proto
 from gammac.targets.onnx.attention import MASK, positions, set_decoder_sizes
 from gammac.targets.onnx.genai import write_genai_config
 from gammac.targets.onnx.graph import DATA_NAME, OPSET, DataFile, GraphWriter
 from gammac.targets.onnx.lowerings import LOWERINGS
+from gammac.targets.target import Target
 from gammac.weights import WeightStore
 
 MODEL_NAME: Final = "model.onnx"
@@ -30,18 +32,25 @@ RENAMED: Final = {
 }
 
 
-def emit(module: Module, store: WeightStore, folder: Path, *, compiler: bool = True) -> list[Path]:
+def emit(
+    module: Module,
+    store: WeightStore,
+    target: Target,
+    folder: Path,
+    *,
+    build: Callable[[Path], Path] | None = build_library,
+) -> list[Path]:
     """The files of the artifact's model, in `folder`.
 
     A decoder's inputs are input_ids and attention_mask [batch, total] (1: a token) and its cache; an
-    encoder's are those of `forward`. With `compiler`, and where a C++ compiler is at hand, the operator
-    library is built for the weights that need it; without it they run, expanded to floats.
+    encoder's are those of `forward`. Where weights need the operator library, `build` puts it into the
+    folder; with None, or without a C++ compiler, they run expanded to floats.
     Raises CompileError for an op or a weight format that ONNX Runtime has no fast kernel for.
     """
     function = emitted_function(module)
     _demand_lowerings(function)
     with DataFile(folder / DATA_NAME) as data:
-        g = GraphWriter(module, store, data)
+        g = GraphWriter(module, store, target, data)
         inputs = _declare_inputs(g, function)
         _lower(g, function)
         outputs = _declare_outputs(g, function)
@@ -51,12 +60,10 @@ def emit(module: Module, store: WeightStore, folder: Path, *, compiler: bool = T
     path = folder / MODEL_NAME
     ir.save(model, path)
     onnx.checker.check_model(str(path))
-    files = [path, data.path]
-    if g.library_ops and compiler and find_compiler():
-        files.append(build_library(folder))
+    library = build(folder) if g.library_ops and build and find_compiler() else None
+    files = [path, data.path, *([library] if library else [])]
     if function.name == "decode":
-        library = files[2].name if len(files) > 2 else None
-        files.append(write_genai_config(module, folder, library=library))
+        files.append(write_genai_config(module, folder, library=library.name if library else None))
     return files
 
 

@@ -42,7 +42,7 @@ def genai_config(module: Module, library: str | None = None) -> dict[str, Any]:
 
 
 def shares_buffers(function: Function) -> bool:
-    """Whether every cache may be one buffer of full length: GroupQueryAttention alone can use a part of it."""
+    """Whether a cache may be one buffer of full length: only GroupQueryAttention can use a part of it."""
     return not any(op.name in ("attention", "kv_append") for op in function.ops)
 
 

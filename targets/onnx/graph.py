@@ -12,6 +12,7 @@ from onnx_ir.tape import Tape
 
 from gammac.formats import load_float
 from gammac.ir import Dim, Module, Operand, Sym, TensorType, Value, WeightRef
+from gammac.targets.target import Target
 from gammac.weights import WeightStore
 
 Array = npt.NDArray[Any]
@@ -51,7 +52,7 @@ class DataFile:
         self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
         offset = self._file.tell()
         array = np.ascontiguousarray(array)
-        self._file.write(memoryview(array.reshape(-1)).cast("B"))
+        self._file.write(array.reshape(-1).view(np.uint8).data)
         return ir.ExternalTensor(
             self.path.name, offset, array.nbytes, ir.DataType.from_numpy(array.dtype),
             shape=ir.Shape(array.shape), name=name, base_dir=self.path.parent,
@@ -66,8 +67,8 @@ def dim_name(dim: Dim) -> int | str:
 class GraphWriter:
     """Collects nodes. `at` is the PyTorch module that is being lowered; nodes are named after it."""
 
-    def __init__(self, module: Module, store: WeightStore, data: DataFile) -> None:
-        self.module, self.store, self.data = module, store, data
+    def __init__(self, module: Module, store: WeightStore, target: Target, data: DataFile) -> None:
+        self.module, self.store, self.target, self.data = module, store, target, data
         self.tape = Tape()
         self.values: dict[Value, ir.Value] = {}
         self.sizes: dict[str, ir.Value] = {}

@@ -1,11 +1,13 @@
 """Which operator of ONNX Runtime multiplies by a weight, and how the weight is packed for it.
 
-    bits 2          groups 32, 64, 128             com.microsoft::MatMulNBits
+    bits 2          groups 64, 128                 com.microsoft::MatMulNBits
     bits 4, 8       groups 16 to 256, powers of 2  com.microsoft::MatMulNBits
     any other       groups in steps of 32, or the  gammac::MatMulAnyBits
                     whole row
 
-Outside this table MatMulNBits answers, too, by expanding the whole weight at every call.
+Outside this table MatMulNBits answers, too, by expanding the whole weight at every call. (It has a kernel
+for 2 bits in groups of 32, but one that is slower than 4 bits.) A target may put MatMulAnyBits first for
+any width.
 """
 
 from typing import Final
@@ -16,10 +18,11 @@ from gammac.diagnostics import CompileError
 from gammac.formats import Format, Quantized
 from gammac.ir import Weight
 from gammac.targets.onnx.any_bits import Bytes
+from gammac.targets.target import Target
 
 NBITS: Final = "MatMulNBits"
 ANY_BITS: Final = "MatMulAnyBits"
-NBITS_GROUPS: Final = {2: (32, 64, 128), 4: (16, 32, 64, 128, 256), 8: (16, 32, 64, 128, 256)}
+NBITS_GROUPS: Final = {2: (64, 128), 4: (16, 32, 64, 128, 256), 8: (16, 32, 64, 128, 256)}
 ANY_BITS_STEP: Final = 32
 
 
@@ -32,11 +35,16 @@ def kernel_for(format_: Format, in_features: int) -> str | None:
     )
 
 
-def demand_kernel(weight: Weight, format_: Format) -> str:
-    """`kernel_for` a weight. Raises CompileError where there is none."""
+def demand_kernel(weight: Weight, format_: Format, target: Target) -> str:
+    """The operator for a weight, as the target has it. Raises CompileError where there is none."""
     columns = weight.type.shape[1]
     assert isinstance(columns, int)
-    kernel = kernel_for(format_, columns)
+    kernel, row = (
+        kernel_for(format_, columns),
+        target.kernel_for(format_, str(weight.attrs.get("role")), columns),
+    )
+    if row is not None and row.op == ANY_BITS:
+        kernel = kernel and ANY_BITS
     if kernel is None:
         raise CompileError(
             f"ONNX Runtime has no fast kernel for {format_.name}",

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from gammac.formats import Format, load_float, load_quantized, stored_format
 from gammac.ir import Op, Weight, WeightRef
 from gammac.targets.onnx.any_bits import DOMAIN, OP, OP_ZEROS, groups_of, pack
-from gammac.targets.onnx.graph import MICROSOFT, GraphWriter
+from gammac.targets.onnx.graph import MICROSOFT, Array, GraphWriter
 from gammac.targets.onnx.kernels import ANY_BITS, demand_kernel, pack_nbits
 
 # activations in 8 bits by block: the only level at which all of 2, 4 and 8 bits have packed kernels
@@ -42,7 +42,7 @@ def _float_product(g: GraphWriter, x: ir.Value, ref: WeightRef) -> ir.Value:
 def _packed_product(g: GraphWriter, x: ir.Value, weight: Weight, format_: Format) -> ir.Value:
     rows, columns = weight.type.shape
     operands = packed_weight(g, weight, format_)
-    if demand_kernel(weight, format_) == ANY_BITS:
+    if demand_kernel(weight, format_, g.target) == ANY_BITS:
         assert isinstance(columns, int)
         kind = OP if format_.symmetric else OP_ZEROS
         g.library_ops.add(kind)
@@ -63,11 +63,11 @@ def packed_weight(g: GraphWriter, weight: Weight, format_: Format) -> list[ir.Va
     if g.is_stored(names[0]):
         return [g.stored(name) for name in names]
     q = load_quantized(weight, g.store)
-    if demand_kernel(weight, format_) == ANY_BITS:
+    if demand_kernel(weight, format_, g.target) == ANY_BITS:
         zeros = None if q.zeros is None else q.zeros.numpy()
         group = format_.inputs_per_scale(q.codes.shape[1])
         packed = pack(q.codes.numpy(), q.scales.numpy(), zeros, format_.bits, group)
-        arrays = [packed.codes, packed.scales, packed.zeros]
+        arrays: list[Array | None] = [packed.codes, packed.scales, packed.zeros]
     else:
         codes, zeros = pack_nbits(q)
         arrays = [codes, q.scales.numpy().astype(np.float16), zeros]
@@ -90,10 +90,10 @@ def lower_embedding(g: GraphWriter, op: Op) -> Sequence[ir.Value]:
     format_ = stored_format(weight)
     if format_ is None:
         return [g.op("Gather", g.float_weight(ref), ids, axis=0)]
-    if demand_kernel(weight, format_) == ANY_BITS:
+    if demand_kernel(weight, format_, g.target) == ANY_BITS:
         return [_gather_any_bits(g, ids, weight, format_)]
     codes, scales, *zeros = packed_weight(g, weight, format_)
-    rows, columns = weight.type.shape
+    columns = weight.type.shape[1]
     assert isinstance(columns, int)
     flat = g.shared(f"{weight.name} by row", "Reshape", codes, g.const([0, columns * format_.bits // 8]))
     attrs = {"bits": format_.bits, "block_size": format_.group, "gather_axis": 0, "quantize_axis": 1}
