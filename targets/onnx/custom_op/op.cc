@@ -28,7 +28,7 @@ bool has_zeros(const OrtCustomOp* op) { return op == &g_with_zeros; }
 
 struct Kernel {
   ort::Api api;
-  Shape shape;
+  Shape shape{};
   const Isa* isa;
 };
 
@@ -89,7 +89,7 @@ OrtStatus* choose_isa(const ort::Api& api, const Isa** out) {
 
 OrtStatus* create(const OrtCustomOp* op, const OrtApi* table, const OrtKernelInfo* info, void** out) {
   const ort::Api api(table);
-  Shape shape;
+  Shape shape{};
   const Isa* isa = nullptr;
   RETURN_IF(read_shape(api, info, has_zeros(op), &shape));
   RETURN_IF(choose_isa(api, &isa));
@@ -149,7 +149,7 @@ OrtStatus* read_weights(const ort::Api& api, OrtKernelContext* context, size_t i
 OrtStatus* read_operands(const Kernel& kernel, OrtKernelContext* context, Call* c, Dims* dims) {
   const ort::Api& api = kernel.api;
   const Shape& s = kernel.shape;
-  const void *x, *codes, *scales, *zeros = nullptr;
+  const void *x = nullptr, *codes = nullptr, *scales = nullptr, *zeros = nullptr;
   RETURN_IF(read_input(api, context, 0, "input x", dims, &x));
   if (dims->rank == 0) return outside(api, "the rank of input x", 0, "1 or more");
   const int64_t last = dims->size[dims->rank - 1], k = static_cast<int64_t>(s.k);
