@@ -171,7 +171,7 @@ def power(low: Lowering, node: Node) -> Operand:
 
 
 def number(low: Lowering, arg: Any) -> float | None:
-    """The value of an argument that is a number or a constant tensor of one element."""
+    """The value of an argument that is a number or a constant tensor without dimensions."""
     if isinstance(arg, Node):
         found = low.env.get(arg)
         return None if found is None or isinstance(found, tuple) else low.constant(found)

@@ -124,10 +124,12 @@ def getitem(low: Lowering, node: Node) -> Operand:
 
 @lowers("aten.cat.default")
 def cat(low: Lowering, node: Node) -> Operand:
-    """concat."""
+    """concat; parts without elements are left out."""
     parts: Any = node.args[0]
     xs = [low.exact(part) for part in parts]
-    return low.emit("concat", *xs, dim=int(argument(node, 1, "dim", 0)) % xs[0].type.rank)
+    dim = int(argument(node, 1, "dim", 0)) % xs[0].type.rank
+    xs = [x for x in xs if x.type.shape[dim] != 0] or xs[:1]
+    return xs[0] if len(xs) == 1 else low.emit("concat", *xs, dim=dim)
 
 
 @lowers("aten.mean.dim")

@@ -82,11 +82,11 @@ class Lowering:
         )  # fmt: skip
 
     def constant(self, operand: Operand) -> float | None:
-        """The value of an operand that is a constant with one element."""
+        """The value of an operand that is a constant without dimensions."""
         if not isinstance(operand, WeightRef) or operand.name not in self.constants:
             return None
         value = self.constants[operand.name]
-        return float(value.item()) if value.numel() == 1 else None
+        return float(value.item()) if value.dim() == 0 else None
 
     def transposed(self, node: Node) -> Operand:
         """A matrix [in, out] as [out, in]; a parameter becomes a weight that is stored that way."""
