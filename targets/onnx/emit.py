@@ -35,16 +35,18 @@ RENAMED: Final = {
 def emit(
     module: Module,
     store: WeightStore,
-    target: Target,
     folder: Path,
     *,
-    build: Callable[[Path], Path] | None = build_library,
+    target: Target | None = None,
+    compiler: bool = True,
+    build: Callable[[Path], Path] = build_library,
 ) -> list[Path]:
     """The files of the artifact's model, in `folder`.
 
     A decoder's inputs are input_ids and attention_mask [batch, total] (1: a token) and its cache; an
-    encoder's are those of `forward`. Where weights need the operator library, `build` puts it into the
-    folder; with None, or without a C++ compiler, they run expanded to floats.
+    encoder's are those of `forward`. `target` chooses between operators that run the same format. Where
+    weights need the operator library, `build` puts it into the folder; without `compiler`, or where none
+    is found, they run expanded to floats.
     Raises CompileError for an op or a weight format that ONNX Runtime has no fast kernel for.
     """
     function = emitted_function(module)
@@ -60,7 +62,7 @@ def emit(
     path = folder / MODEL_NAME
     ir.save(model, path)
     onnx.checker.check_model(str(path))
-    library = build(folder) if g.library_ops and build and find_compiler() else None
+    library = build(folder) if g.library_ops and compiler and find_compiler() else None
     files = [path, data.path, *([library] if library else [])]
     if function.name == "decode":
         files.append(write_genai_config(module, folder, library=library.name if library else None))

@@ -67,7 +67,7 @@ def dim_name(dim: Dim) -> int | str:
 class GraphWriter:
     """Collects nodes. `at` is the PyTorch module that is being lowered; nodes are named after it."""
 
-    def __init__(self, module: Module, store: WeightStore, target: Target, data: DataFile) -> None:
+    def __init__(self, module: Module, store: WeightStore, target: Target | None, data: DataFile) -> None:
         self.module, self.store, self.target, self.data = module, store, target, data
         self.tape = Tape()
         self.values: dict[Value, ir.Value] = {}

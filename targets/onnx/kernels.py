@@ -35,14 +35,12 @@ def kernel_for(format_: Format, in_features: int) -> str | None:
     )
 
 
-def demand_kernel(weight: Weight, format_: Format, target: Target) -> str:
-    """The operator for a weight, as the target has it. Raises CompileError where there is none."""
+def demand_kernel(weight: Weight, format_: Format, target: Target | None) -> str:
+    """The operator for a weight, the target's choice where there is one. Raises CompileError where there is none."""
     columns = weight.type.shape[1]
     assert isinstance(columns, int)
-    kernel, row = (
-        kernel_for(format_, columns),
-        target.kernel_for(format_, str(weight.attrs.get("role")), columns),
-    )
+    kernel = kernel_for(format_, columns)
+    row = target.kernel_for(format_, str(weight.attrs.get("role")), columns) if target else None
     if row is not None and row.op == ANY_BITS:
         kernel = kernel and ANY_BITS
     if kernel is None:
