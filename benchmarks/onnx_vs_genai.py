@@ -21,7 +21,8 @@ from gammac.runtime.bench import BenchResult, PairResult, Rounds, Work, bench, b
 MIB: Final = 1 << 20
 HEAD: Final = (
     "artifact", "run by", "threads", "decode ×", "prefill ×", "load ÷", "memory ÷", "size ÷", "of limit",
-    "decode tok/s (peer)", "prefill tok/s (peer)", "first token s (peer)", "memory MiB (peer)", "size MiB (peer)",
+    "decode tok/s (peer)", "prefill tok/s (peer)", "first token s (peer)", "memory MiB (peer)",
+    "size MiB (peer)",
 )  # fmt: skip
 
 
@@ -50,8 +51,8 @@ def row(artifact: Path, runtime: str, pair: PairResult, alone: BenchResult) -> l
         f"{load.peak_rss_bytes / load_peer.peak_rss_bytes:.2f}",
         f"{size / size_peer:.2f}",
         f"{alone.share_of_limit:.0%}" if runtime == "gammac" else "",
-        both(*(r.median for r in pair.decode), digits=1),
-        both(*(r.median for r in pair.prefill), digits=0),
+        both(pair.decode[0].median, pair.decode[1].median, digits=1),
+        both(pair.prefill[0].median, pair.prefill[1].median, digits=0),
         both(load.first_token_seconds, load_peer.first_token_seconds, digits=2),
         both(load.peak_rss_bytes / MIB, load_peer.peak_rss_bytes / MIB, digits=0),
         both(size / MIB, size_peer / MIB, digits=1),
@@ -69,13 +70,17 @@ def both(ours: float, theirs: float, digits: int) -> str:
     return f"{ours:.{digits}f} ({theirs:.{digits}f})"
 
 
-def rows(artifacts: Sequence[Path], peer: Path, threads: Sequence[int], work: Work) -> Iterator[list[str]]:
+def rows(
+    artifacts: Sequence[Path], peer: Path, threads: Sequence[int], work: Work, spinning: bool
+) -> Iterator[list[str]]:
     """One row for each artifact, number of threads and runtime."""
     for artifact in artifacts:
         for count in threads:
-            alone = bench(artifact, threads=count, work=work)
+            alone = bench(artifact, threads=count, work=work, spinning=spinning)
             for runtime in ("gammac", "genai"):
-                pair = bench_pair(artifact, peer, threads=count, work=work, runtime=runtime)
+                pair = bench_pair(
+                    artifact, peer, threads=count, work=work, runtime=runtime, spinning=spinning
+                )
                 yield row(artifact, runtime, pair, alone)
 
 
@@ -91,13 +96,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--peer-option", action="append", default=[], help="for the builder: block_size=64 …")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no-spinning", action="store_true", help="for both: on a machine with other work")
     args = parser.parse_args(argv)
     if (args.peer is None) == (args.model is None):
         parser.error("give either --peer or --model")
     peer = args.peer or build_peer(args.model, args.cache, args.peer_option)
     print(f"peer: {peer.name} in onnxruntime-genai; {args.rounds} rounds\n")
     print("| " + " | ".join(HEAD) + " |\n" + "|---" * len(HEAD) + "|")
-    for cells in rows(args.artifacts, peer, args.threads, Work(rounds=args.rounds)):
+    for cells in rows(args.artifacts, peer, args.threads, Work(rounds=args.rounds), not args.no_spinning):
         print("| " + " | ".join(cells) + " |", flush=True)
 
 

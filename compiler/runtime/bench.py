@@ -99,10 +99,12 @@ def _ratio(ours: Rounds, theirs: Rounds) -> float:
     return median(a / b for a, b in zip(ours.values, theirs.values, strict=True))
 
 
-def bench(artifact: Path, *, threads: int | None = None, work: Work = Work()) -> BenchResult:
+def bench(
+    artifact: Path, *, threads: int | None = None, work: Work = Work(), spinning: bool = True
+) -> BenchResult:
     """Time an artifact. Raises CompileError when it can't be opened or is no decoder."""
     threads = threads or default_threads()
-    session = _decoder(artifact, threads)
+    session = _decoder(artifact, threads, spinning)
     rates = _in_turns({"ours": SessionRunner(session)}, work, lambda: read_bandwidth(threads))
     mean_past = work.prompt + (work.new + 1) / 2
     return BenchResult(
@@ -118,7 +120,13 @@ def bench(artifact: Path, *, threads: int | None = None, work: Work = Work()) ->
 
 
 def bench_pair(
-    ours: Path, peer: Path, *, threads: int | None = None, work: Work = Work(), runtime: str = "gammac"
+    ours: Path,
+    peer: Path,
+    *,
+    threads: int | None = None,
+    work: Work = Work(),
+    runtime: str = "gammac",
+    spinning: bool = True,
 ) -> PairResult:
     """Time an artifact against a folder in onnxruntime-genai, round by round in turns.
 
@@ -127,9 +135,11 @@ def bench_pair(
     """
     threads = threads or default_threads()
     mine: Runner = (
-        GenaiRunner(ours, threads) if runtime == "genai" else SessionRunner(_decoder(ours, threads))
+        GenaiRunner(ours, threads, spinning)
+        if runtime == "genai"
+        else SessionRunner(_decoder(ours, threads, spinning))
     )
-    rates = _in_turns({"ours": mine, "peer": GenaiRunner(peer, threads)}, work)
+    rates = _in_turns({"ours": mine, "peer": GenaiRunner(peer, threads, spinning)}, work)
     return PairResult(
         threads,
         work,
@@ -140,8 +150,8 @@ def bench_pair(
     )
 
 
-def _decoder(folder: Path, threads: int) -> OnnxSession:
-    session = open_session(folder, threads)
+def _decoder(folder: Path, threads: int, spinning: bool) -> OnnxSession:
+    session = open_session(folder, threads, spinning=spinning)
     if session.kind != "decoder":
         raise CompileError(f"{folder} is an encoder, it decodes nothing", hint="bench takes a decoder")
     return session

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from gammac.diagnostics import CompileError
 from gammac.formats import load_float
+from gammac.frontend.source import nonsense_is_an_error, quiet
 from gammac.ir import Module
 from gammac.ir.core import Function, Value
 from gammac.ir.interpret import run
@@ -133,15 +133,11 @@ def load_model(folder: Path) -> Any:
 
     Raises CompileError when the folder holds no model that transformers can read.
     """
-    try:
+    with quiet(), nonsense_is_an_error(str(folder)):
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         head = ((config.architectures or [""])[0]).removeprefix(type(config).__name__.removesuffix("Config"))
         auto: Any = {"Model": AutoModel, "ForMaskedLM": AutoModelForMaskedLM}.get(head, AutoModelForCausalLM)
         return auto.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
-        raise CompileError(
-            f"{folder} can't be read as a model: {error}", hint="give a transformers folder"
-        ) from error
 
 
 class TransformersSession:

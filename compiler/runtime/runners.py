@@ -11,7 +11,7 @@ from typing import Any, Final, Protocol
 import numpy as np
 
 from gammac.diagnostics import CompileError
-from gammac.runtime.session import Session, Tokens
+from gammac.runtime.session import SPINNING, Session, Tokens
 
 FIRST_TOKEN: Final = 11
 """Prompts are a run of token ids from here: their values don't change the work."""
@@ -72,10 +72,10 @@ def import_genai() -> Any:
 class GenaiRunner:
     """A folder with a genai_config.json in onnxruntime-genai."""
 
-    def __init__(self, folder: Path, threads: int) -> None:
+    def __init__(self, folder: Path, threads: int, spinning: bool = True) -> None:
         self.genai = import_genai()
         config = self.genai.Config(str(folder))
-        options = {"intra_op_num_threads": threads}
+        options = {"intra_op_num_threads": threads, SPINNING: "1" if spinning else "0"}
         config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
         self.model = self.genai.Model(config)
         self.vocab_size = int(json.loads((folder / "genai_config.json").read_text())["model"]["vocab_size"])

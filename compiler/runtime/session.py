@@ -28,6 +28,7 @@ LOAD_ERRORS: Final = (
     errors.EPFail, errors.Fail, errors.InvalidArgument, errors.InvalidGraph, errors.InvalidProtobuf,
     errors.NotImplemented,
 )  # fmt: skip
+SPINNING: Final = "session.intra_op.allow_spinning"
 GENAI_CONFIG: Final = "genai_config.json"
 
 
@@ -119,6 +120,8 @@ def open_session(
 ) -> "OnnxSession":
     """A session on an artifact, or on a folder of onnxruntime-genai to compare with.
 
+    `spinning` threads wait busily for the next operator: right for a machine with a core for each
+    thread, wrong for a shared one (with 7 processes on 2 cores, decode took twice as long).
     Raises CompileError when the folder is neither, is damaged, or can't be loaded.
     """
     if not (folder / MANIFEST).is_file() and (folder / GENAI_CONFIG).is_file():
@@ -228,7 +231,7 @@ def _load(model: OnnxModel, threads: int, spinning: bool) -> ort.InferenceSessio
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+    options.add_session_config_entry(SPINNING, "1" if spinning else "0")
     try:
         if model.library is not None:
             options.register_custom_ops_library(str(model.library))
