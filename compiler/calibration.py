@@ -6,7 +6,9 @@ kept on disk, one file a batch. `run_segment` and `backward_segments` are the tw
 """
 
 import re
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,8 +104,9 @@ class Stream:
         self.function = function
         self.segments = segments(function)
         self.batches = tokens.split(BATCH_WINDOWS)
-        self._temporary = None if folder else tempfile.TemporaryDirectory(prefix="gammac-")
-        self.folder = folder or Path(self._temporary.name)  # type: ignore[union-attr]
+        self.folder = folder or Path(tempfile.mkdtemp(prefix="gammac-"))
+        if folder is None:
+            weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         self.sizes: list[dict[str, int]] = []
         for batch in self.batches:
             self.sizes.append(bind(function, inputs_of(function, batch))[1])
@@ -255,8 +258,9 @@ def _backward(
     if gradients is None:
         roots, at_roots = [next_token_loss(env[segment.live_out[-1]], tokens)], None
     else:
-        roots = [env[v] for v in gradients]
-        at_roots = list(gradients.values())
+        # rotary tables come from positions alone: nothing flows back through them
+        pairs = [(env[v], g) for v, g in gradients.items() if env[v].requires_grad]
+        roots, at_roots = [root for root, _ in pairs], [g for _, g in pairs]
     wanted = [env[op.result] for op in linears] + list(inputs.values())
     found = torch.autograd.grad(roots, wanted, at_roots, allow_unused=True)
     per_linear = [
@@ -273,7 +277,7 @@ def _tracked(weights: SegmentWeights, linears: list[Op]) -> Callable[[str], Tens
     tables = {
         o.name for op in linears if op.name == "embedding" for o in op.operands if isinstance(o, WeightRef)
     }
-    return lambda name: weights(name).requires_grad_() if name in tables else weights(name)
+    return lambda name: weights(name).detach().requires_grad_() if name in tables else weights(name)
 
 
 def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:

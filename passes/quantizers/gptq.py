@@ -3,8 +3,7 @@ to come make up for the error.
 
 Columns go in order of decreasing diagonal of the Gram matrix (act-order). Scales and zero points are
 chosen before the sweep from the original weights (static groups), so that the stored group index of
-a column stays column // group. All formats of a weight share one sweep: rows don't interact, so the
-formats are just more rows.
+a column stays column // group.
 """
 
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from torch import Tensor
 from gammac.diagnostics import CompileError
 from gammac.formats import Format, Quantized
 from gammac.passes.quantizers.grid import Grid, as_quantized, choose_grid
+from gammac.passes.quantizers.kernels import sweep_block
 
 DAMPING_TRIES: Final = 5
 
@@ -44,9 +44,12 @@ class Gptq:
         factor = inverse_factor(gram[order][:, order], self.damping)
         weight = weight.masked_fill(dead, 0.0)
         importance = diagonal.clamp(min=0)
-        grids = [choose_grid(weight, f, self.clip, importance) for f in formats]
-        codes = _sweep(weight, grids, formats, order, factor, self.block)
-        return [as_quantized(c, g, f) for c, g, f in zip(codes, grids, formats, strict=True)]
+        found = []
+        for format_ in formats:
+            grid = choose_grid(weight, format_, self.clip, importance)
+            codes = _sweep(weight, grid, format_, order, factor, self.block)
+            found.append(as_quantized(codes, grid, format_))
+        return found
 
 
 def inverse_factor(gram: Tensor, damping: float) -> Tensor:
@@ -65,7 +68,7 @@ def inverse_factor(gram: Tensor, damping: float) -> Tensor:
         inverse = torch.cholesky_inverse(factor)
         upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
         if not failed and bool(torch.isfinite(upper).all()):
-            return upper.float()
+            return upper.float().contiguous()
     raise CompileError(
         "the Gram matrix of the inputs has no inverse, however much it is damped",
         hint="calibrate on more or other text: the inputs hold NaN, infinity or nothing at all",
@@ -73,32 +76,21 @@ def inverse_factor(gram: Tensor, damping: float) -> Tensor:
 
 
 def _sweep(
-    weight: Tensor,
-    grids: Sequence[Grid],
-    formats: Sequence[Format],
-    order: Tensor,
-    factor: Tensor,
-    block: int,
-) -> list[Tensor]:
-    """Codes f32 [rows, columns] of each format, in the original order of columns."""
+    weight: Tensor, grid: Grid, format_: Format, order: Tensor, factor: Tensor, block: int
+) -> Tensor:
+    """Codes f32 [rows, columns], in the original order of columns."""
     rows, columns = weight.shape
-    # a column at a time is read and written: keep it contiguous
-    left = weight[:, order].t().repeat(1, len(formats)).contiguous()
-    groups = [order // f.inputs_per_scale(columns) for f in formats]
-    scales = torch.cat([g.scales.t()[i] for g, i in zip(grids, groups, strict=True)], dim=1)
-    zeros = torch.cat([g.zeros.t()[i] for g, i in zip(grids, groups, strict=True)], dim=1)
-    levels = torch.cat([torch.full((rows,), float(f.levels)) for f in formats])
+    left = weight[:, order].contiguous()
     codes = torch.empty_like(left)
-    zero = torch.zeros(())
+    groups = (order // format_.inputs_per_scale(columns)).numpy()
     for start in range(0, columns, block):
         end = min(start + block, columns)
-        errors = torch.empty(end - start, left.shape[1])
-        for i in range(start, end):
-            code = torch.clamp((left[i] / scales[i]).round_().add_(zeros[i]), zero, levels)
-            error = (left[i] - (code - zeros[i]).mul_(scales[i])).div_(factor[i, i])
-            left[i + 1 : end].addr_(factor[i, i + 1 : end], error, alpha=-1)
-            codes[i], errors[i - start] = code, error
-        left[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
+        errors = torch.empty(rows, end - start)
+        sweep_block(
+            left.numpy(), codes.numpy(), errors.numpy(), factor.numpy(), grid.scales.numpy(),
+            grid.zeros.numpy(), groups, format_.levels, start, end,
+        )  # fmt: skip
+        left[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
     restored = torch.empty_like(codes)
-    restored[order] = codes
-    return [part.t().contiguous() for part in restored.split(rows, dim=1)]
+    restored[:, order] = codes
+    return restored

@@ -1,0 +1,71 @@
+"""The two inner loops of quantizing, compiled by numba: rows don't interact, so they run in parallel.
+
+Each row is worked on from end to end while it is in the cache; its result does not depend on how many
+threads there are or which rows are quantized with it.
+"""
+
+from typing import Any, Final
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+Integers = npt.NDArray[np.int64]
+
+# sums may be reordered (they vectorize); nothing here depends on NaN or on signed zeros
+_FAST: Final = {"reassoc", "contract", "nsz", "arcp"}
+
+
+def _compiled(function: Any) -> Any:
+    return numba.njit(parallel=True, fastmath=_FAST, cache=True)(function)
+
+
+@_compiled
+def best_grids(
+    weight: Floats, importance: Floats, scales: Floats, zeros: Floats, levels: float
+) -> Integers:
+    """Which of the offered grids loses least for each group.
+
+    weight [n, size] are groups; importance [groups, size] repeats over them; scales and zeros
+    [n, offers]. Returns indices [n]; of equals the first.
+    """
+    n, size = weight.shape
+    best = np.zeros(n, np.int64)
+    for r in numba.prange(n):
+        shares = importance[r % importance.shape[0]]
+        least = np.float32(np.inf)
+        for offer in range(scales.shape[1]):
+            scale, zero = scales[r, offer], zeros[r, offer]
+            inverse = np.float32(1.0) / scale
+            low, high = -zero, np.float32(levels) - zero
+            error = np.float32(0.0)
+            for j in range(size):
+                code = np.rint(weight[r, j] * inverse)
+                code = min(max(code, low), high)
+                lost = code * scale - weight[r, j]
+                error += lost * lost * shares[j]
+            if error < least:
+                least, best[r] = error, offer
+    return best
+
+
+@_compiled
+def sweep_block(
+    left: Floats, codes: Floats, errors: Floats, factor: Floats, scales: Floats, zeros: Floats,
+    groups: Integers, levels: float, start: int, end: int,
+) -> None:  # fmt: skip
+    """Round columns start … end of each row in turn, each making up for those before it.
+
+    left, codes [rows, columns] are changed in place, errors [rows, end - start] is filled;
+    factor [columns, columns] is upper triangular; scales and zeros [rows, groups]; groups [columns].
+    """
+    for r in numba.prange(left.shape[0]):
+        for i in range(start, end):
+            scale, zero = scales[r, groups[i]], zeros[r, groups[i]]
+            code = min(max(np.rint(left[r, i] / scale) + zero, np.float32(0.0)), np.float32(levels))
+            error = (left[r, i] - (code - zero) * scale) / factor[i, i]
+            codes[r, i] = code
+            errors[r, i - start] = error
+            for j in range(i + 1, end):
+                left[r, j] -= error * factor[i, j]
