@@ -150,3 +150,18 @@ def quantized(module: Module, store: WeightStore, formats: dict[str, str]) -> Mo
             )
             module = module.with_weights(stored)
     return module
+
+
+def cached_inputs(module: Module, seq: int, past: int, batch: int = 1) -> dict[str, Tensor]:
+    """Inputs of `decode`: random tokens behind a random cache."""
+    random = torch.Generator().manual_seed(seq * 100 + past)
+    inputs = {
+        "input_ids": torch.randint(0, 64, (batch, seq), generator=random),
+        "position_ids": torch.arange(past, past + seq)[None].repeat(batch, 1),
+    }
+    for param in module.functions["decode"].params:
+        if param.name.startswith("past_"):
+            _, heads, _, dim = param.type.shape
+            assert isinstance(heads, int) and isinstance(dim, int)
+            inputs[param.name] = torch.randn(batch, heads, past, dim, generator=random)
+    return inputs

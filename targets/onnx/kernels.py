@@ -36,7 +36,7 @@ def kernel_for(format_: Format, in_features: int) -> str | None:
 
 
 def demand_kernel(weight: Weight, format_: Format, target: Target | None) -> str:
-    """The operator for a weight, the target's choice where there is one. Raises CompileError where there is none."""
+    """The operator for a weight: the target's, if it says. Raises CompileError where there is none."""
     columns = weight.type.shape[1]
     assert isinstance(columns, int)
     kernel = kernel_for(format_, columns)
