@@ -145,7 +145,7 @@ def test_an_emitted_graph_says_the_same_with_either_cache(tmp_path: Path) -> Non
     store, target = WeightStore(), load_target("cpu-x86-avx512")
     made = onnx_models.quantized(onnx_models.decoder(onnx_models.Shape(), store), store, {"proj": "w4g32"})
     legal = LegalizeOnnx().run(made, Context(target, store))
-    emit(legal, store, target, tmp_path)
+    emit(legal, store, tmp_path, target=target)
     tokens = TOKENS[:1] % 64
     # the kernels round activations to 8 bits: 0.08 of logits up to 4 was measured
     whole = InterpreterSession(legal, store).logits(tokens)[0]
