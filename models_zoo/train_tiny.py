@@ -204,7 +204,9 @@ def train(run: Run, ids: Tensor, held_out: Tensor, options: Options, checkpoint:
 def ship(run: Run, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write the best weights, rounded to float16 (half the size), as a transformers folder."""
     assert run.best_weights is not None
-    half: dict[str, Any] = {name: value.half() for name, value in run.best_weights.items()}
+    # The head is the embedding; the clones of both would be stored as two.
+    kept = {name: value for name, value in run.best_weights.items() if name != "lm_head.weight"}
+    half: dict[str, Any] = {name: value.half() for name, value in kept.items()}
     # The configuration keeps dtype float32: readers widen the weights, nobody computes in float16.
     run.model.save_pretrained(folder, state_dict=half)
     add_rope_theta(folder)
