@@ -201,7 +201,7 @@ def _lower_within_size(plan: Plan, ctx: Context, folder: Path, observers: tuple[
 def _write(plan: Plan, module: Module, ctx: Context, folder: Path) -> Written:
     shutil.rmtree(folder)
     folder.mkdir()
-    files = emit(module, ctx.store, folder, compiler=plan.compiler)
+    files = emit(module, ctx.store, folder, target=plan.target, compiler=plan.compiler)
     library = next((p.name for p in files if p.suffix in LIBRARY_SUFFIXES), "")
     for path in tokenizer_files(plan.source):
         shutil.copyfile(path, folder / path.name)

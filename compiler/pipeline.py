@@ -47,8 +47,9 @@ class Pass(Protocol):
     """A named step from module to module.
 
     A pass is a frozen dataclass: its fields are its options. It must not touch the module it is
-    given. What it counts on, it says in `requires`; what it promises, in `ensures`; what of the
-    context its result depends on, in `reads` (of target, budget, calibration, seed).
+    given. What it counts on, it says in `requires`; what it promises, in `ensures`; what must hold
+    from here to the end, in `keeps` (may be left out); what of the context its result depends on, in
+    `reads` (of target, budget, calibration, seed).
     """
 
     name: ClassVar[str]
@@ -78,7 +79,7 @@ Observer = Callable[[Step], None]
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Passes in order, watched by observers. Invariants hold from the pass that ensures them on."""
+    """Passes in order, watched by observers, which see a module before it is judged."""
 
     passes: tuple[Pass, ...]
     observers: tuple[Observer, ...] = ()
@@ -93,8 +94,8 @@ class Pipeline:
             step = Step(index, pass_, module, after, time.perf_counter() - started, cached)
             for observe in self.observers:
                 observe(step)
-            kept = [*kept, *(i for i in pass_.ensures if i not in kept)]
-            _check(pass_, "ensures", kept, after)
+            kept += getattr(pass_, "keeps", ())
+            _check(pass_, "ensures", (*pass_.ensures, *kept), after)
             module = after
         return module
 

@@ -28,7 +28,7 @@ def weights_have_grams(module: Module) -> Iterator[Diagnostic]:
     read = {op.weight() for f in module.functions.values() for op in f.ops if op.name == "linear"}
     for ref in read:
         weight = module.weights[ref.name] if ref else None
-        if weight and "role" in weight.attrs and "gram" not in weight.attrs:
+        if weight and "role" in weight.attrs and not weight.attrs.keys() & {"gram", "stored"}:
             yield Diagnostic("has no Gram matrix", weight.name, "run collect_grams first")
 
 

@@ -39,7 +39,8 @@ class KeepPrecision:
     name: ClassVar[str] = "keep_precision"
     reads: ClassVar[tuple[str, ...]] = ()
     requires: ClassVar[tuple[Invariant, ...]] = ()
-    ensures: ClassVar[tuple[Invariant, ...]] = (softmax_and_residuals_are_high_precision,)
+    ensures: ClassVar[tuple[Invariant, ...]] = ()
+    keeps: ClassVar[tuple[Invariant, ...]] = (softmax_and_residuals_are_high_precision,)
 
     def run(self, module: Module, ctx: Context) -> Module:
         """The module with `compute` on those ops."""

@@ -27,7 +27,7 @@ DONE_WITH = ("candidates", "errors", "gram")
 def weights_have_formats(module: Module) -> Iterator[Diagnostic]:
     """Every weight with a role was given a format."""
     for weight in module.weights.values():
-        if "role" in weight.attrs and "format" not in weight.attrs:
+        if "role" in weight.attrs and not weight.attrs.keys() & {"format", "stored"}:
             yield Diagnostic("has no format", weight.name, "run allocate first")
 
 

@@ -8,6 +8,9 @@ import pytest
 # tests never ask a hub, and never touch the user's cache
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# small tensors gain nothing from threads, and lose much where threads outnumber cores
+for _name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 

@@ -124,7 +124,7 @@ def _damaged(path: Path, error: Exception) -> CompileError:
 def _load(source: Source) -> Tensors:
     """Let transformers load and convert the whole model in float32."""
     load: Any = model_class(source).from_pretrained
-    with nonsense_is_an_error(source.folder):
+    with nonsense_is_an_error(source.folder / (source.gguf or "")):
         model, report = load(
             source.folder,
             config=source.config,
@@ -138,7 +138,7 @@ def _load(source: Source) -> Tensors:
     missing = sorted(report["missing_keys"])
     if missing:
         raise CompileError(
-            f"{source.folder} lacks {len(missing)} weights, first {missing[0]}",
+            f"{source.folder} lacks {len(missing)} of its weights, first {missing[0]}",
             hint="a file of the checkpoint is missing, or the config is another model's",
         )
     return TensorsInMemory(dict(model.named_parameters(remove_duplicate=False)))

@@ -9,7 +9,12 @@ from typing import Any, Final
 
 import transformers
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -28,11 +33,15 @@ SILENT: Final = 50
 """Above every level at which transformers logs."""
 
 HUB_FILES: Final = ("*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt", "vocab.txt")
+LONGEST: Final = 300
+"""Characters of another library's message that are passed on."""
+
 TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 NONSENSE: Final = (
-    ValueError, TypeError, KeyError, AttributeError, RuntimeError, ArithmeticError, AssertionError,
+    ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, AssertionError,
+    StrictDataclassError,
 )  # fmt: skip
 """What transformers raises for a config that makes no sense."""
 
@@ -85,12 +94,13 @@ def model_class(source: Source) -> type[PreTrainedModel]:
             f"{source.folder}: transformers {transformers.__version__} has no class {', '.join(names)}",
             hint="upgrade transformers, or --trust-remote-code if the model brings its own code",
         )
-    mapping: Any = AutoModelForCausalLM._model_mapping
-    return _one_of(mapping.get(type(config)) or AutoModel._model_mapping[type(config)])
+    mappings: tuple[Any, ...] = (AutoModelForCausalLM._model_mapping, AutoModel._model_mapping)
+    return _one_of(next(m[type(config)] for m in mappings if type(config) in m))
 
 
 def _one_of(found: Any) -> type[PreTrainedModel]:
-    chosen: type[PreTrainedModel] = found[0] if isinstance(found, tuple) else found
+    # some configs go with several classes; the first is the usual one
+    chosen: type[PreTrainedModel] = found[0] if isinstance(found, tuple | list) else found
     return chosen
 
 
@@ -122,7 +132,7 @@ def _load_folder(name: str, folder: Path, trust_remote_code: bool) -> Source:
             f"{folder} has no .safetensors file{instead}",
             hint="load the model where you trust it and call save_pretrained(folder)",
         )
-    with nonsense_is_an_error(folder):
+    with nonsense_is_an_error(folder / "config.json"):
         config = AutoConfig.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
@@ -139,6 +149,9 @@ def _load_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenize
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         return None
     with nonsense_is_an_error(folder, "the tokenizer of "):
+        # a torn file would otherwise end in an exception without a class of its own
+        for path in folder.glob("tokenizer*.json"):
+            json.loads(path.read_text(encoding="utf-8"))
         found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
@@ -176,7 +189,7 @@ def _download(name: str) -> Path:
             hint=hint + "; with a network (and HF_HUB_OFFLINE unset) it is downloaded once",
         ) from error
     except (HfHubHTTPError, OSError) as error:
-        raise CompileError(f"{name} can't be had from the hub: {_first_line(error)}", hint=hint) from error
+        raise CompileError(f"{name} can't be had from the hub: {_in_one_line(error)}", hint=hint) from error
 
 
 # ---- other people's messages --------------------------------------------------------------------
@@ -189,13 +202,14 @@ def nonsense_is_an_error(place: Path, what: str = "") -> Iterator[None]:
         yield
     except (*NONSENSE, OSError, ImportError) as error:
         raise CompileError(
-            f"transformers can't read {what}{place}: {type(error).__name__}: {_first_line(error)}",
-            hint="its files are damaged, or of a kind that this version of transformers doesn't know",
+            f"transformers can't read {what}{place}: {type(error).__name__}: {_in_one_line(error)}",
+            hint="it is damaged, contradicts itself, or is of a kind that this version of transformers doesn't know",
         ) from error
 
 
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def _in_one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST else text[:LONGEST] + "…"
 
 
 @contextmanager

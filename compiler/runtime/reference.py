@@ -56,8 +56,9 @@ class InterpreterSession:
 
     @property
     def kind(self) -> str:
-        """decoder if the module has a function decode."""
-        return "decoder" if "decode" in self._module.functions else "encoder"
+        """As the module says; without a word, decoder if it has a function decode."""
+        found = "decoder" if "decode" in self._module.functions else "encoder"
+        return str(self._module.attrs.get("kind", found))
 
     @property
     def context(self) -> int:

@@ -9,7 +9,7 @@ from gammac.ir import Module, Weight
 def weights_have_scores(module: Module) -> Iterator[Diagnostic]:
     """Every weight with a role has a score in each of its candidate formats."""
     for weight in module.weights.values():
-        if "role" in weight.attrs and "scores" not in weight.attrs:
+        if "role" in weight.attrs and not weight.attrs.keys() & {"scores", "stored"}:
             yield Diagnostic("has no scores", weight.name, "run a sensitivity pass first, for example fisher")
 
 
