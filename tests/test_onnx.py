@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,39 @@ def test_rows_of_a_multiple_of_32(tmp_path: Path) -> None:
     assert distance(module, tmp_path, store) < EXACT
 
 
+@needs_compiler
+def test_the_target_says_which_operator(tmp_path: Path, build: Build) -> None:
+    target = load_target("cpu")
+    rows = (replace(k, groups=(32,)) for k in target.kernels if k.op == ANY_BITS)
+    ours = replace(target, kernels=(*rows, *target.kernels))
+    store = WeightStore()
+    module = legal(Shape(), W4, store)
+    for compiler, kinds in ((True, {ANY_BITS + "Zeros", NBITS}), (False, {NBITS})):
+        emit(module, store, tmp_path, target=ours, compiler=compiler, build=build)
+        nodes = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph.node
+        assert {n.op_type for n in nodes if "MatMul" in n.op_type} == kinds
+        assert distance(module, tmp_path, store) < ROUNDED
+
+
+def test_rows_of_a_batch_may_differ_in_length(tmp_path: Path) -> None:
+    store = WeightStore()
+    module = legal(Shape(), {}, store)
+    emit(module, store, tmp_path)
+    session, lengths = open_model(tmp_path), (7, 4)
+    ids = torch.randint(0, 64, (2, 8), generator=torch.Generator().manual_seed(0))
+    mask = np.array([[1] * 7, [1] * 4 + [0] * 3])
+    cache = {outer_name(n): t.numpy() for n, t in cached_inputs(module, 1, 0, 2).items() if "past" in n}
+    first = session.run(None, {"input_ids": ids[:, :7].numpy(), "attention_mask": mask, **cache})
+    cache = dict(zip(cache, first[1:], strict=True))
+    longer = np.concatenate([mask, np.ones((2, 1), np.int64)], 1)
+    then = session.run(None, {"input_ids": ids[:, 7:].numpy(), "attention_mask": longer, **cache})
+    for row, length in enumerate(lengths):
+        tokens = torch.cat([ids[row, :length], ids[row, 7:]])
+        expected = logits_of(module, store, tokens.tolist())
+        found = np.concatenate([first[0][row, :length], then[0][row]])
+        np.testing.assert_allclose(found, expected.numpy(), atol=1e-4 * float(expected.std()))
+
+
 # ---- on disk ------------------------------------------------------------------------------------
 
 
@@ -254,15 +288,13 @@ def test_genai_writes_what_the_interpreter_writes(shape: Shape, tmp_path: Path) 
 
 def greedy(module: Module, store: WeightStore, tokens: list[int], length: int) -> list[int]:
     """What the interpreter writes, each token from the whole text before it."""
-    empty = cached_inputs(module, 1, 0)
     while len(tokens) < length:
-        inputs = {
-            **empty,
-            "input_ids": torch.tensor([tokens]),
-            "position_ids": torch.arange(len(tokens))[None],
-        }
-        logits = run(emitted_function(module), inputs, lambda n: load_float(module.weights[n], store))[
-            "logits"
-        ]
-        tokens = [*tokens, int(logits[0, -1].argmax())]
+        tokens = [*tokens, int(logits_of(module, store, tokens)[-1].argmax())]
     return tokens
+
+
+def logits_of(module: Module, store: WeightStore, tokens: list[int]) -> torch.Tensor:
+    """The interpreter's logits [seq, vocab] of a whole text."""
+    ids, positions = torch.tensor([tokens]), torch.arange(len(tokens))[None]
+    inputs = {**cached_inputs(module, 1, 0), "input_ids": ids, "position_ids": positions}
+    return run(emitted_function(module), inputs, lambda n: load_float(module.weights[n], store))["logits"][0]

@@ -51,8 +51,9 @@ def emit(
     """
     function = emitted_function(module)
     _demand_lowerings(function)
+    compiler = compiler and find_compiler() is not None
     with DataFile(folder / DATA_NAME) as data:
-        g = GraphWriter(module, store, target, data)
+        g = GraphWriter(module, store, data, target, compiler)
         inputs = _declare_inputs(g, function)
         _lower(g, function)
         outputs = _declare_outputs(g, function)
@@ -62,7 +63,7 @@ def emit(
     path = folder / MODEL_NAME
     ir.save(model, path)
     onnx.checker.check_model(str(path))
-    library = build(folder) if g.library_ops and compiler and find_compiler() else None
+    library = build(folder) if g.library_ops and compiler else None
     files = [path, data.path, *([library] if library else [])]
     if function.name == "decode":
         files.append(write_genai_config(module, folder, library=library.name if library else None))

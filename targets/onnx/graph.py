@@ -67,8 +67,11 @@ def dim_name(dim: Dim) -> int | str:
 class GraphWriter:
     """Collects nodes. `at` is the PyTorch module that is being lowered; nodes are named after it."""
 
-    def __init__(self, module: Module, store: WeightStore, target: Target | None, data: DataFile) -> None:
-        self.module, self.store, self.target, self.data = module, store, target, data
+    def __init__(
+        self, module: Module, store: WeightStore, data: DataFile, target: Target | None, compiler: bool
+    ) -> None:
+        self.module, self.store, self.data = module, store, data
+        self.target, self.compiler = target, compiler
         self.tape = Tape()
         self.values: dict[Value, ir.Value] = {}
         self.sizes: dict[str, ir.Value] = {}

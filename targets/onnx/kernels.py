@@ -35,12 +35,13 @@ def kernel_for(format_: Format, in_features: int) -> str | None:
     )
 
 
-def demand_kernel(weight: Weight, format_: Format, target: Target | None) -> str:
+def demand_kernel(weight: Weight, format_: Format, target: Target | None, *, compiler: bool) -> str:
     """The operator for a weight: the target's, if it says. Raises CompileError where there is none."""
     columns = weight.type.shape[1]
     assert isinstance(columns, int)
     kernel = kernel_for(format_, columns)
-    row = target.kernel_for(format_, str(weight.attrs.get("role")), columns) if target else None
+    role = str(weight.attrs.get("role"))
+    row = target.kernel_for(format_, role, columns, compiler=compiler) if target else None
     if row is not None and row.op == ANY_BITS:
         kernel = kernel and ANY_BITS
     if kernel is None:

@@ -31,6 +31,10 @@ def lower_linear(g: GraphWriter, op: Op) -> Sequence[ir.Value]:
     return [g.op("Add", y, g.operand(bias[0])) if bias else y]
 
 
+def _kernel(g: GraphWriter, weight: Weight, format_: Format) -> str:
+    return demand_kernel(weight, format_, g.target, compiler=g.compiler)
+
+
 def _float_product(g: GraphWriter, x: ir.Value, ref: WeightRef) -> ir.Value:
     if g.is_stored(ref.name):  # a table that was looked up in before: its bytes are stored once
         return g.op("FusedMatMul", x, g.float_weight(ref), domain=MICROSOFT, transB=1)
@@ -42,7 +46,7 @@ def _float_product(g: GraphWriter, x: ir.Value, ref: WeightRef) -> ir.Value:
 def _packed_product(g: GraphWriter, x: ir.Value, weight: Weight, format_: Format) -> ir.Value:
     rows, columns = weight.type.shape
     operands = packed_weight(g, weight, format_)
-    if demand_kernel(weight, format_, g.target) == ANY_BITS:
+    if _kernel(g, weight, format_) == ANY_BITS:
         assert isinstance(columns, int)
         kind = OP if format_.symmetric else OP_ZEROS
         g.library_ops.add(kind)
@@ -63,7 +67,7 @@ def packed_weight(g: GraphWriter, weight: Weight, format_: Format) -> list[ir.Va
     if g.is_stored(names[0]):
         return [g.stored(name) for name in names]
     q = load_quantized(weight, g.store)
-    if demand_kernel(weight, format_, g.target) == ANY_BITS:
+    if _kernel(g, weight, format_) == ANY_BITS:
         zeros = None if q.zeros is None else q.zeros.numpy()
         group = format_.inputs_per_scale(q.codes.shape[1])
         packed = pack(q.codes.numpy(), q.scales.numpy(), zeros, format_.bits, group)
@@ -90,7 +94,7 @@ def lower_embedding(g: GraphWriter, op: Op) -> Sequence[ir.Value]:
     format_ = stored_format(weight)
     if format_ is None:
         return [g.op("Gather", g.float_weight(ref), ids, axis=0)]
-    if demand_kernel(weight, format_, g.target) == ANY_BITS:
+    if _kernel(g, weight, format_) == ANY_BITS:
         return [_gather_any_bits(g, ids, weight, format_)]
     codes, scales, *zeros = packed_weight(g, weight, format_)
     columns = weight.type.shape[1]
