@@ -218,6 +218,9 @@ PATTERNS: Final[Mapping[str, tuple[Pattern, ...]]] = {
     "scale": (rotary_scaling,),
     "concat": (partial_rope,),
     "mul": (rms_norm, silu, gelu),
-    "add": (rope, residual_add),
+    "add": (rope,),
 }
 """The last op of a group → the patterns that it may end."""
+
+SUMS: Final[Mapping[str, tuple[Pattern, ...]]] = {"add": (residual_add,)}
+"""Looked for last: a sum inside a larger pattern is none of the residual stream's."""

@@ -14,12 +14,12 @@ The patterns, and what they look like, stand in patterns.py: rotary tables and r
 tanh-form GELUs, SiLUs, and the sums of the residual stream.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from gammac.ir import Builder, Function, Module, Op, Operand, rewrite
-from gammac.passes.patterns import PATTERNS, Graph
+from gammac.passes.patterns import PATTERNS, SUMS, Graph, Pattern
 from gammac.pipeline import Context, Invariant
 
 
@@ -36,16 +36,17 @@ class RaisePatterns:
         """The module with patterns raised in every function."""
         hidden_size = module.attrs.get("hidden_size")
         width = hidden_size if isinstance(hidden_size, int) else 0
-        return module.with_functions(*(_raise(f, width) for f in module.functions.values()))
+        functions = (_raise(f, width, PATTERNS) for f in module.functions.values())
+        return module.with_functions(*(_raise(f, width, SUMS) for f in functions))
 
 
-def _raise(function: Function, hidden_size: int) -> Function:
+def _raise(function: Function, hidden_size: int, patterns: Mapping[str, tuple[Pattern, ...]]) -> Function:
     graph: Graph | None = None
 
     def rule(b: Builder, op: Op, operands: tuple[Operand, ...]) -> Sequence[Operand] | None:
         nonlocal graph
         graph = graph or Graph(b, hidden_size)
-        for pattern in PATTERNS.get(op.name, ()):
+        for pattern in patterns.get(op.name, ()):
             found = pattern(graph, op, operands)
             if found is not None:
                 return (found,)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gammac.diagnostics import CompileError
+from gammac.frontend.gguf import read_gguf
 from gammac.frontend.lower import Lowered
 from gammac.frontend.source import Source, model_class, nonsense_is_an_error
 from gammac.ir import Weight
@@ -69,11 +70,11 @@ def declare(lowered: Lowered, tensors: Tensors, store: WeightStore) -> Iterator[
 
 def open_checkpoint(source: Source, model: PreTrainedModel) -> Tensors:
     """The parameters of `model` (built without weights) from the files of `source`."""
-    if source.gguf is None:
-        places = find_places(_keys(source.folder), model)
-        if places is not None:
-            return TensorsInFiles(places)
-    return _load(source)
+    if source.gguf is not None:
+        with nonsense_is_an_error(source.folder / source.gguf):
+            return TensorsInMemory(read_gguf(source.folder / source.gguf, model))
+    places = find_places(_keys(source.folder), model)
+    return _load(source) if places is None else TensorsInFiles(places)
 
 
 def find_places(keys: Mapping[str, Path], model: PreTrainedModel) -> dict[str, tuple[Path, str]] | None:
@@ -124,13 +125,12 @@ def _damaged(path: Path, error: Exception) -> CompileError:
 def _load(source: Source) -> Tensors:
     """Let transformers load and convert the whole model in float32."""
     load: Any = model_class(source).from_pretrained
-    with nonsense_is_an_error(source.folder / (source.gguf or "")):
+    with nonsense_is_an_error(source.folder):
         model, report = load(
             source.folder,
             config=source.config,
-            gguf_file=source.gguf,
             dtype=torch.float32,
-            use_safetensors=None if source.gguf else True,
+            use_safetensors=True,
             trust_remote_code=source.trust_remote_code,
             local_files_only=True,
             output_loading_info=True,

@@ -63,7 +63,11 @@ def capture_model(model: PreTrainedModel, store: WeightStore, name: str = "model
 
 def build_skeleton(source: Source) -> PreTrainedModel:
     """The model with parameters on the meta device and real buffers (rotary frequencies, scales)."""
-    with nonsense_is_an_error(source.folder / "config.json"), initialization.no_init_weights(), _parameters_on_meta():
+    with (
+        nonsense_is_an_error(source.folder / "config.json"),
+        initialization.no_init_weights(),
+        _parameters_on_meta(),
+    ):
         model: PreTrainedModel = model_class(source)(source.config)
     model.tie_weights()
     model.train(False)

@@ -172,6 +172,9 @@ def _load_gguf(name: str, path: Path) -> Source:
     if not path.is_file():
         raise CompileError(f"there is no file {path}", hint="check the path")
     with nonsense_is_an_error(path):
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise ValueError("it doesn't begin with GGUF")
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     return Source(name, path.parent, config, tokenizer, eos_of_config(config), gguf=path.name)
@@ -196,14 +199,14 @@ def _download(name: str) -> Path:
 
 
 @contextmanager
-def nonsense_is_an_error(place: Path, what: str = "") -> Iterator[None]:
+def nonsense_is_an_error(place: Path | str, what: str = "") -> Iterator[None]:
     """Turn what transformers raises about damaged or senseless files into a CompileError."""
     try:
         yield
     except (*NONSENSE, OSError, ImportError) as error:
         raise CompileError(
             f"transformers can't read {what}{place}: {type(error).__name__}: {_in_one_line(error)}",
-            hint="it is damaged, contradicts itself, or is of a kind that this version of transformers doesn't know",
+            hint="it is damaged, contradicts itself, or is newer than this version of transformers",
         ) from error
 
 
