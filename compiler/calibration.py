@@ -103,7 +103,7 @@ class Stream:
     def __init__(self, function: Function, tokens: Tensor, folder: Path | None = None) -> None:
         self.function = function
         self.segments = segments(function)
-        self.batches = tokens.split(BATCH_WINDOWS)
+        self.batches = torch.split(tokens, BATCH_WINDOWS)
         self.folder = folder or Path(tempfile.mkdtemp(prefix="gammac-"))
         if folder is None:
             weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)

@@ -41,7 +41,7 @@ class Format:
     @property
     def levels(self) -> int:
         """The largest code."""
-        return 2**self.bits - 1
+        return (1 << self.bits) - 1
 
     @property
     def midpoint(self) -> int:

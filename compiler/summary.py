@@ -41,6 +41,7 @@ def by_weight(module: Module, target: Target) -> list[Row]:
 
 def _without_block(name: str) -> str:
     index = block_index(name)
+    name = name.removesuffix(".weight")
     return name if index is None else name.replace(f".{index}.", ".*.", 1)
 
 

@@ -27,7 +27,8 @@ def digest_of(arrays: Arrays) -> str:
     for name in sorted(arrays):
         array = arrays[name].detach().contiguous()
         sha.update(f"{name}:{array.dtype}:{list(array.shape)};".encode())
-        sha.update(array.reshape(-1).view(torch.uint8).numpy() if array.numel() else b"")
+        if array.numel():
+            sha.update(array.reshape(-1).view(torch.uint8).numpy().data)
     return f"sha256:{sha.hexdigest()}"
 
 

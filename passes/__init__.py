@@ -19,13 +19,11 @@ from gammac.passes.sensitivity import STRATEGIES
 from gammac.passes.split_rows import SplitRows
 from gammac.pipeline import Pass
 
-PASSES: Final[Mapping[str, type[Pass]]] = {
-    p.name: p
-    for p in (
-        FoldConstants, RaisePatterns, InsertKvCache, KeepPrecision, SplitRows, CollectGrams, Candidates,
-        *STRATEGIES.values(), Allocate, Quantize, LegalizeOnnx,
-    )
-}  # fmt: skip
+_IN_ORDER: Final[tuple[type[Pass], ...]] = (
+    FoldConstants, RaisePatterns, InsertKvCache, KeepPrecision, SplitRows, CollectGrams, Candidates,
+    *STRATEGIES.values(), Allocate, Quantize, LegalizeOnnx,
+)  # fmt: skip
+PASSES: Final[Mapping[str, type[Pass]]] = {p.name: p for p in _IN_ORDER}
 
 # emitter → the pass that brings a module into the form that it writes
 LEGALIZERS: Final[Mapping[str, type[Pass]]] = {"onnx": LegalizeOnnx}
@@ -59,8 +57,7 @@ def default_pipeline(
         raise CompileError(f"no strategy {choices.strategy!r}", hint=f"there are {', '.join(STRATEGIES)}")
     if emitter not in LEGALIZERS:
         raise CompileError(f"no emitter {emitter!r}", hint=f"there are {', '.join(LEGALIZERS)}")
-    rounding = {"quantizer": choices.quantizer, "clip": choices.clip}
-    rounding_options = {"act_order": choices.act_order, "damping": choices.damping}
+    how = (choices.quantizer, choices.clip, choices.act_order, choices.damping)
     needs_gram = make_quantizer(choices.quantizer).needs_gram
     return (
         # the program as a person would write it
@@ -71,11 +68,11 @@ def default_pipeline(
         *(() if compiler else (SplitRows(),)),
         # what each weight would lose in each format
         *((CollectGrams(),) if needs_gram else ()),
-        Candidates(choices.block, choices.table, **rounding, **rounding_options, compiler=compiler),
+        Candidates(choices.block, choices.table, *how, compiler=compiler),
         STRATEGIES[choices.strategy](),
         # the choice, and its execution; everything above is the same for every budget
         Allocate(tie=choices.tie, extra_bytes=extra_bytes),
-        Quantize(choices.inputs, **rounding, **rounding_options),
+        Quantize(choices.inputs, *how),
         # the form that the emitter writes
         LEGALIZERS[emitter](),
     )

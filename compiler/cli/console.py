@@ -13,7 +13,8 @@ from gammac import __version__
 from gammac.diagnostics import CompileError
 
 T = TypeVar("T")
-OUT: Final = Console()
+# a file or a pipe has no width of its own
+OUT: Final = Console(width=None if sys.stdout.isatty() else 120)
 ERR: Final = Console(stderr=True)
 
 

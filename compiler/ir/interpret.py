@@ -91,16 +91,17 @@ def _kernel(function: Kernel) -> Kernel:
     return function
 
 
-def _plain(name: str, function: Callable[..., Tensor]) -> None:
+def _plain(name: str, function: Callable[..., Any]) -> None:
     KERNELS[name] = lambda attrs, sizes, *xs: function(*xs)
 
 
-for _name, _function in {
+_PLAIN: Final[Mapping[str, Callable[..., Any]]] = {
     "linear": F.linear, "silu": F.silu, "relu": F.relu, "tanh": torch.tanh, "sigmoid": torch.sigmoid,
     "exp": torch.exp, "cos": torch.cos, "sin": torch.sin, "neg": torch.neg, "rsqrt": torch.rsqrt,
     "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div, "residual_add": torch.add,
     "matmul": torch.matmul, "embedding": F.embedding,
-}.items():  # fmt: skip
+}  # fmt: skip
+for _name, _function in _PLAIN.items():
     _plain(_name, _function)
 
 
@@ -206,7 +207,7 @@ def _pow(attrs: Any, sizes: Any, x: Tensor) -> Tensor:
 
 @_kernel
 def _scale(attrs: Any, sizes: Any, x: Tensor) -> Tensor:
-    return x * attrs["by"]
+    return torch.mul(x, attrs["by"])
 
 
 @_kernel

@@ -27,7 +27,10 @@ class Sym:
         return cls((((name,), 1),))
 
     def __add__(self, other: "Dim") -> "Dim":
-        return _from_counts(_counts(self) + _counts(other))
+        total = _counts(self)
+        for names, n in _counts(other).items():
+            total[names] += n
+        return _from_counts(total)
 
     __radd__ = __add__
 
@@ -47,17 +50,8 @@ class Sym:
 Dim = int | Sym
 
 
-class _Counts(Counter[Monomial]):
-    """A counter whose sum keeps negative coefficients, unlike Counter's own."""
-
-    def __add__(self, other: Counter[Monomial]) -> "_Counts":
-        total = _Counts(self)
-        total.update(other)
-        return total
-
-
-def _counts(dim: Dim) -> _Counts:
-    return _Counts(dict(dim.terms)) if isinstance(dim, Sym) else _Counts({(): dim})
+def _counts(dim: Dim) -> Counter[Monomial]:
+    return Counter(dict(dim.terms)) if isinstance(dim, Sym) else Counter({(): dim})
 
 
 def _from_counts(counts: Counter[Monomial]) -> Dim:

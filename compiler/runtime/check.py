@@ -18,7 +18,7 @@ from gammac.texts import Calibration
 from gammac.weights import WeightStore
 
 TOKENS: Final = 256
-# Activations rounded to 8 bits move logits a little: measured KL is 1e-4 … 1e-2, a wrong kernel gives 1 and more.
+# Activations rounded to 8 bits move logits a little: KL is 1e-4 … 1e-2; a wrong kernel gives 1 and more.
 MOST_KL: Final = 0.1
 LEAST_COSINE: Final = 0.98
 

@@ -68,16 +68,15 @@ def inverse_factor(gram: Tensor, damping: float) -> Tensor:
         inverse = torch.cholesky_inverse(factor)
         upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
         if not failed and bool(torch.isfinite(upper).all()):
-            return upper.float().contiguous()
+            result: Tensor = upper.float().contiguous()
+            return result
     raise CompileError(
         "the Gram matrix of the inputs has no inverse, however much it is damped",
         hint="calibrate on more or other text: the inputs hold NaN, infinity or nothing at all",
     )
 
 
-def _sweep(
-    weight: Tensor, grid: Grid, format_: Format, order: Tensor, factor: Tensor, block: int
-) -> Tensor:
+def _sweep(weight: Tensor, grid: Grid, format_: Format, order: Tensor, factor: Tensor, block: int) -> Tensor:
     """Codes f32 [rows, columns], in the original order of columns."""
     rows, columns = weight.shape
     left = weight[:, order].contiguous()

@@ -47,7 +47,7 @@ def choose_grid(weight: Tensor, format_: Format, clip: str = "mse", importance: 
         importance = torch.ones(columns)
     shares = torch.nn.functional.pad(importance, padding).reshape(groups, size)
     step = max(1, CHUNK // groups) * groups
-    parts = [_search(chunk, shares, format_, clip) for chunk in padded.split(step)]
+    parts = [_search(chunk, shares, format_, clip) for chunk in torch.split(padded, step)]
     scales = torch.cat([p.scales for p in parts]).reshape(rows, groups)
     zeros = torch.cat([p.zeros for p in parts]).reshape(rows, groups)
     return Grid(scales, zeros)
@@ -61,9 +61,8 @@ def _search(weight: Tensor, shares: Tensor, format_: Format, clip: str) -> Grid:
     offers = _grids_of(low * down, high * up, format_)
     if len(down) == 1:
         return offers
-    best = best_grids(
-        weight.contiguous().numpy(), shares.numpy(), offers.scales.numpy(), offers.zeros.numpy(), format_.levels
-    )
+    arrays = (t.contiguous().numpy() for t in (weight, shares, offers.scales, offers.zeros))
+    best = best_grids(*arrays, format_.levels)
     chosen = torch.from_numpy(best)[:, None]
     return Grid(offers.scales.gather(1, chosen), offers.zeros.gather(1, chosen))
 

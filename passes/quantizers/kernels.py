@@ -22,9 +22,7 @@ def _compiled(function: Any) -> Any:
 
 
 @_compiled
-def best_grids(
-    weight: Floats, importance: Floats, scales: Floats, zeros: Floats, levels: float
-) -> Integers:
+def best_grids(weight: Floats, importance: Floats, scales: Floats, zeros: Floats, levels: float) -> Integers:
     """Which of the offered grids loses least for each group.
 
     weight [n, size] are groups; importance [groups, size] repeats over them; scales and zeros
