@@ -107,12 +107,9 @@ class SpectralMlp(nn.Module):
         return torch.fft.fft(x).real
 
 
-def tiny_llama() -> LlamaForCausalLM:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=9
-        )
-    )
+def tiny_llama(**options: object) -> LlamaForCausalLM:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=9, **options))
 
 
 def test_an_unknown_op_is_named_with_its_module() -> None:
@@ -143,3 +140,9 @@ def test_a_model_that_branches_on_data_is_refused() -> None:
 def test_half_precision_models_are_refused() -> None:
     with pytest.raises(CompileError, match=r"the parameters are torch\.float16"):
         capture_model(tiny_llama().half(), WeightStore())
+
+
+def test_frequencies_that_follow_the_length_are_refused() -> None:
+    model = tiny_llama(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    with pytest.raises(CompileError, match=r"^model\.rotary_emb: the rotary frequencies depend"):
+        capture_model(model, WeightStore())

@@ -34,7 +34,7 @@ class TensorsInMemory:
 
     def register(self, name: str, shape: torch.Size, is_transposed: bool, store: WeightStore) -> str:
         """The digest of a parameter, put into the store."""
-        tensor = self.parameters[name].detach().float()
+        tensor = demand_numbers(name, self.parameters[name].detach().float())
         return store.put({"data": tensor.t() if is_transposed else tensor})
 
 
@@ -53,9 +53,17 @@ class TensorsInFiles:
                 f"{path}: {key} is {list(tensor.shape)}, the config wants {list(shape)}",
                 hint="config.json and the weights don't belong together",
             )
+        demand_numbers(name, tensor)
         if is_transposed:
             return store.put({"data": tensor.float().t()})
         return store.point_at(path, key, tensor)
+
+
+def demand_numbers(name: str, tensor: Tensor) -> Tensor:
+    """The tensor. Raises CompileError naming the parameter where it holds NaN or infinity."""
+    if bool(torch.isfinite(tensor).all()):
+        return tensor
+    raise CompileError("holds NaN or infinity", loc=name, hint="download the model again, or mend it")
 
 
 def declare(lowered: Lowered, tensors: Tensors, store: WeightStore) -> Iterator[Weight]:

@@ -25,6 +25,9 @@ from gammac.weights import WeightStore
 
 __all__ = ["Source", "capture", "capture_model", "load_source"]
 
+LENGTH_DEPENDENT: Final = {"dynamic", "longrope"}
+"""Kinds of rotary positions whose frequencies change while a text grows."""
+
 EXAMPLE: Final = (2, 5)
 """Batch and length of the example input. torch.export would take a size of 0 or 1 for fixed."""
 
@@ -137,9 +140,24 @@ def _lower_model(model: PreTrainedModel, buffers: Mapping[str, Tensor]) -> Lower
         raise CompileError(
             f"{type(model).__name__} is an encoder-decoder", hint="gammac takes decoders and encoders"
         )
+    moving = next((name for name, kinds in rope_types(model) if kinds & LENGTH_DEPENDENT), None)
+    if moving is not None:
+        raise CompileError(
+            "the rotary frequencies depend on the length of the text",
+            loc=moving,
+            hint='set another rope_type in config.json: "linear", "yarn" or "default"',
+        )
     names = input_names(model)
     program = _export(Forward(model), names, model.device)
     return lower(program, names, canonical_names(model), buffers)
+
+
+def rope_types(model: PreTrainedModel) -> Iterator[tuple[str, set[str]]]:
+    """Modules with rotary frequencies, and how these were made; one kind for each kind of layer."""
+    for name, module in model.named_modules():
+        kinds = getattr(module, "rope_type", None)
+        if kinds is not None:
+            yield name, {kinds} if isinstance(kinds, str) else set(dict(kinds).values())
 
 
 def _export(wrapper: Forward, names: tuple[str, ...], device: torch.device) -> ExportedProgram:

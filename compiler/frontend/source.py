@@ -1,8 +1,11 @@
 """Where a model comes from: a transformers folder, a .gguf file or a name on the Hugging Face hub."""
 
+import io
 import json
+import logging
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -24,13 +27,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 from gammac.diagnostics import CompileError
 from gammac.frontend.facts import eos_of_config, token_ids
-
-SILENT: Final = 50
-"""Above every level at which transformers logs."""
 
 HUB_FILES: Final = ("*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt", "vocab.txt")
 LONGEST: Final = 300
@@ -217,13 +217,15 @@ def _in_one_line(error: BaseException) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the warnings and progress bars of transformers: what matters is raised."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(SILENT)
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    """Without what transformers and torch log, print and warn about: what matters is raised."""
+    level, bars = logging.root.manager.disable, transformers_logging.is_progress_bar_enabled()
+    logging.disable(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        yield
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
     finally:
-        logging.set_verbosity(level)
+        logging.disable(level)
         if bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
