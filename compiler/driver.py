@@ -257,12 +257,13 @@ def not_quantized(module: Module) -> Iterator[tuple[str, str]]:
 
 def fallbacks(plan: Plan, module: Module) -> Iterator[tuple[str, str]]:
     """Weights whose group size is not one that was asked for."""
-    wished = parse_formats(f"{plan.request.choices.block}+{plan.request.choices.table}")
+    choices = plan.request.choices
     for name, weight in module.weights.items():
         stored = weight.attrs.get("stored")
+        wished = parse_formats(choices.block if weight.attrs.get("role") == "block" else choices.table)
         if stored is not None and stored not in {f.name for f in wished}:
             asked = [f.name for f in wished if str(stored).startswith(f"w{f.bits}")]
-            yield name, f"{' or '.join(asked)} does not divide {_columns(weight)} inputs: {stored}"
+            yield name, f"{' or '.join(asked)} does not fit {_columns(weight)} inputs: {stored}"
 
 
 def notes_on(plan: Plan, module: Module) -> Iterator[str]:

@@ -17,6 +17,12 @@ from gammac.formats import CHANNEL, FALLBACK_GROUPS, Format
 
 BLOCK: Final = "block"
 TABLE: Final = "table"
+HOST: Final = "cpu"
+# what a processor must have for a target; the first that fits is this machine's
+HOSTS: Final = (
+    ("cpu-x86-avx512", {"avx512_vnni", "avx512vbmi"}),
+    ("cpu-x86-avx2", {"avx2", "fma"}),
+)
 
 ByGroup = tuple[tuple[int, float], ...]
 
@@ -125,14 +131,22 @@ class Target:
         return tuple(sorted(found))
 
 
+def host_target() -> str:
+    """The name of the shipped target that fits this machine best."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    flags = next((set(line.split()) for line in lines if line.startswith("flags")), set())
+    return next((name for name, needed in HOSTS if needed <= flags), "cpu-x86")
+
+
 def target_names() -> tuple[str, ...]:
-    """The targets that gammac ships."""
+    """The targets that gammac ships; beside them `cpu` stands for the one that fits this machine."""
     files = resources.files("gammac.targets").iterdir()
     return tuple(sorted(f.name.removesuffix(".toml") for f in files if f.name.endswith(".toml")))
 
 
 def load_target(name_or_path: str) -> Target:
-    """A shipped target by name, or one of your own by the path of its .toml file.
+    """A shipped target by name, one of your own by the path of its .toml file, or `cpu`: this machine.
 
     Raises CompileError for an unknown name, a file that is not there, or one with a mistake in it.
     """
@@ -141,10 +155,11 @@ def load_target(name_or_path: str) -> Target:
         if not path.is_file():
             raise CompileError(f"there is no target file {name_or_path}")
         return parse_target(path.read_text(encoding="utf-8"), str(path))
+    name_or_path = host_target() if name_or_path == HOST else name_or_path
     if name_or_path not in target_names():
         raise CompileError(
             f"there is no target {name_or_path!r}",
-            hint=f"there are {', '.join(target_names())}; or give the path of a .toml file",
+            hint=f"there are {HOST}, {', '.join(target_names())}; or give the path of a .toml file",
         )
     file = resources.files("gammac.targets") / f"{name_or_path}.toml"
     return parse_target(file.read_text(encoding="utf-8"), file.name)

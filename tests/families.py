@@ -100,7 +100,7 @@ def make(family: str) -> PreTrainedModel:
 def first_passes(module: Module, store: WeightStore) -> Module:
     """The passes that every compile begins with, verified after each."""
     passes = (FoldConstants(), RaisePatterns(), InsertKvCache(), KeepPrecision())
-    return Pipeline(passes).run(module, Context(load_target("cpu"), store))
+    return Pipeline(passes).run(module, Context(load_target("cpu-x86"), store))
 
 
 @functools.cache

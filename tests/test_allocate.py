@@ -15,7 +15,7 @@ from gammac.pipeline import Context, Pipeline
 from gammac.targets import cost
 from gammac.targets.target import load_target
 
-CPU = load_target("cpu")
+CPU = load_target("cpu-x86")
 
 MODEL = """
 module @block {

@@ -74,9 +74,8 @@ def test_the_artifact_keeps_its_promises(artifact: Path) -> None:
     table = next(w for w in module.weights.values() if w.attrs.get("role") == "table")
     expected = sum(w.type.numel() for w in blocks) * manifest["true_bits"] / 8
     expected += table.type.numel() * (8 + 24 / 64) / 8 + floats
-    rope_tables = 2 * 1024 * 32 * 4
     found = (artifact / "model.onnx.data").stat().st_size
-    assert found == pytest.approx(expected + rope_tables, rel=0.02)
+    assert found == pytest.approx(expected, rel=0.02)
 
 
 def test_run_generates_text(gammac: Run, artifact: Path) -> None:
@@ -167,7 +166,9 @@ def test_a_budget_in_bytes_is_never_exceeded(gammac: Run, artifact: Path, tmp_pa
 
 
 def test_without_a_compiler_rows_are_split(gammac: Run, artifact: Path, tmp_path: Path) -> None:
-    result = gammac("compile", "tiny", "--budget", 3, "--portable", "-o", tmp_path / "p", *QUICK)
+    result = gammac(
+        "compile", "tiny", "--target", "cpu-x86-avx512", "--portable", "-o", tmp_path / "p", *QUICK
+    )
     assert result.exit_code == 0, result.output
     assert "rows are split" in result.stdout
     manifest = json.loads((tmp_path / "p" / "manifest.json").read_text())
@@ -186,7 +187,7 @@ def test_uniform_and_fallback_group_sizes_are_said(gammac: Run, tmp_path: Path) 
     assert "got another group size" in result.stdout
     manifest = json.loads((tmp_path / "u" / "manifest.json").read_text())
     assert manifest["fallbacks"] and all(
-        "w4g96 does not divide" in why for why in manifest["fallbacks"].values()
+        "w4g96 does not fit" in why for why in manifest["fallbacks"].values()
     )
 
 

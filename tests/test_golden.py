@@ -32,7 +32,7 @@ def result_of(header: str, body: str, name: str) -> str:
         if errors:
             return "".join(f"// {line}\n" for d in errors for line in str(d).splitlines())
         passes = parse_passes(header.removeprefix("// passes:").strip(), PASSES)
-        return to_text(Pipeline(passes).run(module, Context(load_target("cpu"))))
+        return to_text(Pipeline(passes).run(module, Context(load_target("cpu-x86"))))
     except CompileError as error:
         return "".join(f"// {line}\n" for line in str(error).splitlines())
 

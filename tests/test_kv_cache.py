@@ -93,7 +93,7 @@ def test_attention_in_pieces_is_refused() -> None:
     module = source.with_functions(without)
     assert [d.loc for d in attention_is_one_op(module)] == ["@forward"]
     with pytest.raises(CompileError, match="0 attention ops for 2 layers"):
-        Pipeline((InsertKvCache(),)).run(module, Context(load_target("cpu")))
+        Pipeline((InsertKvCache(),)).run(module, Context(load_target("cpu-x86")))
 
 
 def test_a_mask_tensor_is_refused() -> None:

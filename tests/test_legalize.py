@@ -29,7 +29,7 @@ SHAPES = {
 
 
 def context(store: WeightStore) -> Context:
-    return Context(load_target("cpu"), store)
+    return Context(load_target("cpu-x86"), store)
 
 
 def same_numbers(before: Module, after: Module, store: WeightStore, atol: float = 1e-5) -> None:

@@ -53,7 +53,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
 
 def legal(shape: Shape, formats: dict[str, str], store: WeightStore) -> Module:
     module = quantized(decoder(shape, store), store, formats)
-    return LegalizeOnnx().run(module, Context(load_target("cpu"), store))
+    return LegalizeOnnx().run(module, Context(load_target("cpu-x86"), store))
 
 
 def open_model(folder: Path) -> ort.InferenceSession:
@@ -138,7 +138,7 @@ def test_rows_of_a_multiple_of_32(tmp_path: Path) -> None:
 
 @needs_compiler
 def test_the_target_says_which_operator(tmp_path: Path, build: Build) -> None:
-    target = load_target("cpu")
+    target = load_target("cpu-x86")
     rows = (replace(k, groups=(32,)) for k in target.kernels if k.op == ANY_BITS)
     ours = replace(target, kernels=(*rows, *target.kernels))
     store = WeightStore()

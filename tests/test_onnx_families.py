@@ -81,7 +81,7 @@ def captured(family: str, store: WeightStore) -> tuple[Module, Module]:
     """A random model of a family, before and after legalization."""
     torch.manual_seed(0)
     module = capture_model(FAMILIES[family]().eval(), store, family)
-    context = Context(load_target("cpu"), store)
+    context = Context(load_target("cpu-x86"), store)
     passes = (FoldConstants(), RaisePatterns(), InsertKvCache(), KeepPrecision())
     module = Pipeline(passes).run(module, context)
     return module, Pipeline((LegalizeOnnx(),)).run(module, context)

@@ -29,7 +29,7 @@ FORMATS = "w2g32+w4g32+w8g32"
 
 def context(store: WeightStore, cache: Path | None = None, windows: int = 12, **options: Any) -> Context:
     tokens = torch.randint(0, VOCAB, (windows, 24), generator=torch.Generator().manual_seed(1))
-    return Context(load_target("cpu"), store, (), Calibration(tokens), cache=PassCache(cache), **options)
+    return Context(load_target("cpu-x86"), store, (), Calibration(tokens), cache=PassCache(cache), **options)
 
 
 def scored(strategy: str = "fisher", store: WeightStore | None = None) -> tuple[Module, Context]:
@@ -236,11 +236,11 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(CompileError, match="inputs is full or quantized"):
         Pipeline((Quantize(inputs="half"),)).run(with_formats(llama(store), "w4g32"), context(store))
     stock = dataclasses.replace(context(store), target=stock_only())
-    with pytest.raises(CompileError, match=r"layers.0.q.weight: cpu runs none of w3g64"):
+    with pytest.raises(CompileError, match=r"layers.0.q.weight: cpu-x86 runs none of w3g64"):
         Candidates("w3g64", "w8g64").formats_for(llama(store).weights["layers.0.q.weight"], stock)
 
 
 def stock_only() -> Any:
     """A target with stock kernels only."""
-    target = load_target("cpu")
+    target = load_target("cpu-x86")
     return dataclasses.replace(target, kernels=tuple(k for k in target.kernels if not k.needs_compiler))

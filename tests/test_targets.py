@@ -87,14 +87,14 @@ def test_two_bits_need_the_own_kernel_without_avx512() -> None:
     for name, op in {
         "cpu-x86-avx512": "MatMulNBits",
         "cpu-x86-avx2": "MatMulAnyBits",
-        "cpu": "MatMulAnyBits",
+        "cpu-x86": "MatMulAnyBits",
     }.items():
         kernel = load_target(name).kernel_for(parse_format("w2g64"), BLOCK, 576)
         assert kernel is not None and kernel.op == op
 
 
 def test_fit_takes_a_smaller_group_that_runs() -> None:
-    cpu = load_target("cpu")
+    cpu = load_target("cpu-x86")
     assert cpu.fit(parse_format("w4g128"), TABLE, 576) == parse_format(
         "w4g64"
     )  # 96 divides, but not for tables
@@ -113,12 +113,12 @@ def test_unknown_target_lists_the_names() -> None:
 
 
 def test_own_file(tmp_path: Path) -> None:
-    text = (resources.files("gammac.targets") / "cpu.toml").read_text()
+    text = (resources.files("gammac.targets") / "cpu-x86.toml").read_text()
     row = '[[measured]]\nop = "linear"\nformat = "w4g64"\nrows = 64\ncolumns = 64\nthreads = 2\nseconds = 1\n'
     path = tmp_path / "mine.toml"
-    path.write_text(text.replace('name = "cpu"', 'name = "mine"') + "\n" + row)
+    path.write_text(text.replace('name = "cpu-x86"', 'name = "mine"') + "\n" + row)
     mine = load_target(str(path))
-    assert mine.name == "mine" and mine.digest != load_target("cpu").digest
+    assert mine.name == "mine" and mine.digest != load_target("cpu-x86").digest
     assert cost.linear_seconds(64, 64, parse_format("w4g64"), mine) == 1.0
     assert cost.linear_seconds(64, 64, parse_format("w8g64"), mine) < 1.0
 
@@ -138,7 +138,7 @@ def test_own_file(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_in_a_file_are_named(old: str, new: str, said: str) -> None:
-    text = (resources.files("gammac.targets") / "cpu.toml").read_text()
+    text = (resources.files("gammac.targets") / "cpu-x86.toml").read_text()
     with pytest.raises(CompileError, match=said.replace("[", r"\[")):
         parse_target(text.replace(old, new), "mine.toml")
 
@@ -153,11 +153,11 @@ def test_any_bits_bytes_are_what_is_packed(name: str, shape: tuple[int, int]) ->
     format_ = parse_format(name).fit(columns)
     group = format_.inputs_per_scale(columns)
     packed = any_bits.packed_bytes(rows, columns, format_.bits, group, not format_.symmetric)
-    assert cost.stored_bytes(rows, columns, format_, load_target("cpu")) == packed
+    assert cost.stored_bytes(rows, columns, format_, load_target("cpu-x86")) == packed
 
 
 def test_nbits_bytes() -> None:
-    cpu = load_target("cpu")
+    cpu = load_target("cpu-x86")
     # codes, f16 scales of 3 groups, zeros of 3 groups at 4 bits in 2 bytes a row
     assert cost.stored_bytes(10, 192, parse_format("w4g64"), cpu) == 10 * (96 + 6 + 2)
     assert cost.stored_bytes(10, 192, parse_format("w8g64-sym"), cpu) == 10 * (192 + 6)
@@ -202,7 +202,7 @@ def test_seconds_are_near_what_was_measured() -> None:
 
 
 def test_module_cost() -> None:
-    cpu, m = load_target("cpu"), module()
+    cpu, m = load_target("cpu-x86"), module()
     found = cost.module_cost(m, cpu, extra_bytes=1000)
     assert found.payload_bits == 3.0
     assert found.true_bits == (2 * 8192 * 3 + 128 * 1 * 20 + 64 * 2 * 18) / (2 * 8192)
@@ -223,7 +223,7 @@ def test_float_modules_have_a_cost() -> None:
         .replace(', format = "w2g64"', "")
         .replace("f16[64]", "f32[64]")
     )
-    found = cost.module_cost(bare, load_target("cpu"))
+    found = cost.module_cost(bare, load_target("cpu-x86"))
     assert found.payload_bits == found.true_bits == found.whole_model_bits == 32
 
 
@@ -236,7 +236,7 @@ def test_attention_reads_the_cache() -> None:
       }
     }
     """
-    cpu = load_target("cpu")
+    cpu = load_target("cpu-x86")
     found = cost.module_cost(parse(text), cpu).decode_seconds
     cache = 2 * 2 * (cost.CONTEXT + 1) * 64 * 4
     assert found == pytest.approx(2e-6 + cache / (cpu.attention_gbps * cpu.threads * 1e9))
