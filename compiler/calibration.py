@@ -24,7 +24,7 @@ from gammac.progress import Progress
 from gammac.weights import WeightStore
 
 # windows a batch: a constant, because sums over batches are part of the answer
-BATCH_WINDOWS = 8
+BATCH_WINDOWS = 2
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,6 +30,7 @@ from gammac.runtime.staging import check_writable, staging
 from gammac.targets.cost import Cost, module_cost
 from gammac.targets.onnx.any_bits import find_compiler
 from gammac.targets.onnx.emit import emit, emitted_function
+from gammac.targets.onnx.library import library_builder
 from gammac.targets.target import Target, load_target
 from gammac.texts import Calibration, read_text, token_windows
 from gammac.weights import WeightStore
@@ -75,6 +76,7 @@ class Plan:
     module: Module
     store: WeightStore
     cache: PassCache
+    folder: Path
     compiler: bool
     capture_seconds: float
 
@@ -117,9 +119,8 @@ def make_plan(request: Request, cache: Path | None = None) -> Plan:
     store = WeightStore(folder / "weights")
     module = capture(source, store)
     seconds = time.perf_counter() - started
-    return Plan(
-        request, target, budgets, source, module, store, PassCache(folder / "passes"), compiler, seconds
-    )
+    passes = PassCache(folder / "passes")
+    return Plan(request, target, budgets, source, module, store, passes, folder, compiler, seconds)
 
 
 def calibration_of(plan: Plan) -> Calibration | None:
@@ -201,7 +202,10 @@ def _lower_within_size(plan: Plan, ctx: Context, folder: Path, observers: tuple[
 def _write(plan: Plan, module: Module, ctx: Context, folder: Path) -> Written:
     shutil.rmtree(folder)
     folder.mkdir()
-    files = emit(module, ctx.store, folder, target=plan.target, compiler=plan.compiler)
+    files = emit(
+        module, ctx.store, folder, target=plan.target, compiler=plan.compiler,
+        build=library_builder(plan.folder / "library"),
+    )  # fmt: skip
     library = next((p.name for p in files if p.suffix in LIBRARY_SUFFIXES), "")
     for path in tokenizer_files(plan.source):
         shutil.copyfile(path, folder / path.name)
