@@ -23,7 +23,7 @@ from gammac.passes.split_rows import SplitRows
 from gammac.pipeline import Context, Pipeline
 from gammac.targets.cost import Cost, module_cost
 
-FISHER_WINDOWS: Final = 32
+FISHER_WINDOWS: Final = 16
 # operations of a sweep for each weight and format, beside rows² of the solve: measured on one core
 SWEEP_NANOSECONDS: Final = 90.0
 

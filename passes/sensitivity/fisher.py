@@ -43,7 +43,7 @@ class Fisher:
     reads: ClassVar[tuple[str, ...]] = ("calibration",)
     requires: ClassVar[tuple[Invariant, ...]] = (weights_have_candidates,)
     ensures: ClassVar[tuple[Invariant, ...]] = (weights_have_scores,)
-    windows: int = 32
+    windows: int = 16
 
     def run(self, module: Module, ctx: Context) -> Module:
         """Raises CompileError without calibration text, or for an encoder, which has no next token."""
