@@ -27,7 +27,7 @@ demo: setup
 	$(BIN)/gammac eval $(OUT) --text models_zoo/calibration.txt --windows 20 --reference tiny
 
 test: setup
-	$(BIN)/python -m pytest -m 'not slow and not gpu'
+	$(BIN)/python -m pytest -n auto -m 'not slow and not gpu'
 
 clean:
 	rm -rf $(VENV) build out *.egg-info .mypy_cache .ruff_cache .pytest_cache

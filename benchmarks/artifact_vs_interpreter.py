@@ -31,9 +31,8 @@ def main(artifact: Path, text: Path, windows: int, cache: Path | None) -> None:
     tokens = windows_for(text, load_tokenizer(artifact), windows, window_length(session))
     found = compare(session, reference, tokens)
     print(f"artifact {found.ppl:.4f}, interpreter {found.ppl_reference:.4f}, N = {found.windows}")
-    print(
-        f"ratio {found.ppl / found.ppl_reference:.5f}, KL {found.kl:.2e} nats, top token agrees {found.top1_agreement:.2%}"
-    )
+    ratio, agreement = found.ppl / found.ppl_reference, found.top1_agreement
+    print(f"ratio {ratio:.5f}, KL {found.kl:.2e} nats, top token agrees {agreement:.2%}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from gammac.calibration import block_index
 from gammac.ir import Module
@@ -10,6 +11,8 @@ from gammac.pipeline import Step
 from gammac.runtime.bench import BenchResult, PairResult
 from gammac.targets.cost import WeightCost, weight_costs
 from gammac.targets.target import Target
+
+FLOATS: Final = "norms, biases, positions"
 
 
 @dataclass(frozen=True)
@@ -27,10 +30,11 @@ class Row:
 
 
 def by_projection(module: Module, target: Target) -> list[Row]:
-    """One row for each kind of weight: its path without the number of the block."""
+    """One row for each kind of weight: its path without the number of the block; one for all floats."""
     groups: dict[str, list[WeightCost]] = defaultdict(list)
     for cost in weight_costs(module, target):
-        groups[_without_block(cost.name)].append(cost)
+        name = _without_block(cost.name) if cost.role or cost.format else FLOATS
+        groups[name].append(cost)
     return [_row(name, costs) for name, costs in groups.items()]
 
 

@@ -295,3 +295,26 @@ def test_an_output_folder_with_other_things_in_it(gammac: Run, tmp_path: Path) -
 
 def test_eval_without_anything_to_do(gammac: Run, artifact: Path) -> None:
     fails(gammac("eval", artifact), "give --text FILE")
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random BERT with the tokenizer of `tiny`."""
+    import torch
+    from transformers import BertConfig, BertForMaskedLM
+
+    folder = tmp_path_factory.mktemp("bert")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
+    BertForMaskedLM(BertConfig(vocab_size=2048, max_position_embeddings=256, **sizes)).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY / name, folder / name)
+    return folder
+
+
+def test_an_encoder_compiles_and_says_what_it_is_not(gammac: Run, encoder: Path, tmp_path: Path) -> None:
+    fails(gammac("compile", encoder, "-o", tmp_path / "b", *QUICK), "is an encoder", "--strategy weight_mse")
+    result = gammac("compile", encoder, "-o", tmp_path / "b", *QUICK, "--strategy", "weight_mse")
+    assert result.exit_code == 0, result.output
+    assert "stay f32: bert.embeddings" in result.stdout and "cosine 0.99" in result.stdout
+    fails(gammac("run", tmp_path / "b", "--prompt", "The"), "an encoder has no next token")

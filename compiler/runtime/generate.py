@@ -78,6 +78,8 @@ def generate(
     context is full. Raises CompileError at once when the prompt is empty or doesn't fit, and when
     `chat` is True and there is no template.
     """
+    if session.kind != "decoder":
+        raise CompileError("an encoder has no next token to generate", hint="compile a decoder")
     tokens = encode_prompt(tokenizer, prompt, chat)
     if len(tokens) == 0:
         raise CompileError("the prompt is empty", hint="give at least one word")

@@ -11,4 +11,7 @@ from gammac.pipeline import Pass
 
 STRATEGIES: Final[dict[str, type[Pass]]] = {s.name: s for s in (Fisher, WeightMse)}
 
-__all__ = ["STRATEGIES", "Fisher", "WeightMse"]
+# those whose loss is that of the next token, which an encoder does not predict
+NEED_NEXT_TOKEN: Final = frozenset({Fisher.name})
+
+__all__ = ["NEED_NEXT_TOKEN", "STRATEGIES", "Fisher", "WeightMse"]
