@@ -47,5 +47,7 @@ def main() -> None:
 def show_progress(items: Sequence[T], title: str) -> Iterator[T]:
     """The items, with a bar and the time left on stderr."""
     columns = (TextColumn("{task.description:<36}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Bars(*columns, TimeRemainingColumn(), console=ERR, transient=True) as bars:
+    with Bars(
+        *columns, TimeRemainingColumn(), console=ERR, transient=True, disable=not ERR.is_terminal
+    ) as bars:
         yield from bars.track(items, description=title)
