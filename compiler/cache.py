@@ -66,6 +66,10 @@ class PassCache:
             write_atomically(path, json.dumps(found, sort_keys=True).encode())
         return found
 
+    def has_record(self, key: str) -> bool:
+        """Whether `record` would find what it needs."""
+        return self.folder is not None and self._path("records", key, "json").exists()
+
     def _path(self, kind: str, key: str, suffix: str) -> Path:
         assert self.folder is not None
         return self.folder / kind / key[:2] / f"{key}.{suffix}"

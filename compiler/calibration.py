@@ -132,6 +132,10 @@ class Stream:
             }
             save_file(arrays, self._path(segment, batch))
 
+    def has(self, segment: int) -> bool:
+        """Whether what `segment` reads is there, for every batch."""
+        return all(self._path(segment, batch).exists() for batch in range(len(self.batches)))
+
     def forget(self, segment: int) -> None:
         """Delete what `segment` read."""
         for batch in range(len(self.batches)):

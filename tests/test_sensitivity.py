@@ -162,6 +162,39 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert not started, "the first segment was finished and must not run again"
 
 
+def test_a_killed_run_whose_states_are_gone_makes_them_again(tmp_path: Path) -> None:
+    store = WeightStore(tmp_path / "weights")
+    module, ctx = llama(store), context(store, tmp_path / "cache")
+    whole = to_text(CollectGrams().run(module, context(store)))
+    to_text(CollectGrams().run(module, ctx))
+    records = sorted((tmp_path / "cache" / "records").rglob("*.json"), key=lambda p: p.stat().st_mtime_ns)
+    for path in records[2:]:
+        path.unlink()
+    assert to_text(CollectGrams().run(module, ctx)) == whole
+
+
+def test_two_processes_don_t_share_a_stream(tmp_path: Path) -> None:
+    store = WeightStore(tmp_path / "weights")
+    module, ctx = llama(store), context(store, tmp_path / "cache")
+    CollectGrams().run(module, ctx)
+    assert not list((tmp_path / "cache" / "streams").iterdir()), "nothing is left behind"
+    for path in (tmp_path / "cache" / "records").rglob("*.json"):
+        path.unlink()
+    original = Stream.start
+
+    def start(self: Stream) -> None:
+        (self.folder / "pid").write_text("1")
+        original(self)
+        with pytest.raises(CompileError, match="process 1 is calibrating"):
+            CollectGrams().run(module, ctx)
+
+    Stream.start = start  # type: ignore[method-assign]
+    try:
+        CollectGrams().run(module, ctx)
+    finally:
+        Stream.start = original  # type: ignore[method-assign]
+
+
 def test_passes_are_remembered_by_content(tmp_path: Path) -> None:
     store = WeightStore(tmp_path / "weights")
     ctx = context(store, tmp_path / "cache")
