@@ -17,6 +17,8 @@ def write_atomically(path: Path, content: bytes) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
+        # mkstemp makes files that only their owner can read; an artifact is to be shared
+        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except OSError as error:
         Path(temporary).unlink(missing_ok=True)
@@ -24,3 +26,9 @@ def write_atomically(path: Path, content: bytes) -> None:
             f"{path} can't be written: {error.strerror}",
             hint="free some disk space, or choose another folder",
         ) from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
