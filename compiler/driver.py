@@ -26,6 +26,7 @@ from gammac.pipeline import Context, Observer, Pipeline, Step
 from gammac.progress import Progress, no_progress
 from gammac.runtime.artifact import seal
 from gammac.runtime.check import Check, check_artifact
+from gammac.runtime.evaluate import Comparison, OutputComparison
 from gammac.runtime.manifest import Manifest
 from gammac.runtime.staging import check_writable, staging
 from gammac.targets.cost import Cost, module_cost
@@ -90,7 +91,7 @@ class Compiled:
     module: Module
     manifest: Manifest
     cost: Cost
-    check: Check
+    check: Check[Comparison] | Check[OutputComparison]
     steps: tuple[Step, ...]
     notes: tuple[str, ...]
     seconds: float

@@ -43,7 +43,8 @@ def llama(store: WeightStore, blocks: int = 2, seed: int = 0) -> Module:
     x = b.emit("rms_norm", x, w("norm.weight", value=torch.ones(HIDDEN)), loc="norm", eps=1e-5)
     logits = b.emit("linear", x, table, loc="head")
     function = Function("forward", (ids, positions), tuple(b.ops), (logits,), ("logits",))
-    attrs = {"kind": "decoder", "max_positions": 256, "vocab_size": VOCAB}
+    sizes = {"layers": blocks, "heads": HEADS, "kv_heads": KV_HEADS, "head_dim": DIM, "hidden_size": HIDDEN}
+    attrs = {"kind": "decoder", "max_positions": 256, "vocab_size": VOCAB, "eos": (2,), "bos": 1, **sizes}
     return Module("m", {"forward": function}, w.found, attrs)
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -19,22 +19,27 @@ from gammac.weights import WeightStore
 
 TOKENS: Final = 256
 # Activations rounded to 8 bits move logits a little: KL is 1e-4 … 1e-2; a wrong kernel gives 1 and more.
+# A model that quantizing has broken amplifies every rounding, so it is allowed a share of its own damage.
 MOST_KL: Final = 0.1
+SHARE_OF_KL: Final = 0.1
 LEAST_COSINE: Final = 0.98
 
 
+Compared = TypeVar("Compared", Comparison, OutputComparison)
+
+
 @dataclass(frozen=True)
-class Check:
+class Check(Generic[Compared]):
     """The artifact against the interpreter on the same module, and against the original model."""
 
-    against_module: Comparison | OutputComparison
-    against_original: Comparison | OutputComparison
+    against_module: Compared
+    against_original: Compared
 
 
 def check_artifact(
     original: Module, module: Module, store: WeightStore, calibration: Calibration | None, folder: Path,
     manifest: Manifest,
-) -> Check:  # fmt: skip
+) -> Check[Comparison] | Check[OutputComparison]:  # fmt: skip
     """Run `folder`'s model on one window of text (or counting tokens where there is none).
 
     Raises CompileError when it does not compute what the module says.
@@ -48,9 +53,10 @@ def check_artifact(
         outputs = compare_outputs(artifact, ours, window)
         _demand(outputs.cosine > LEAST_COSINE, f"cosine {outputs.cosine:.4f}")
         return Check(outputs, compare_outputs(artifact, theirs, window))
-    comparison = compare(artifact, ours, window)
-    _demand(np.isfinite(comparison.kl) and comparison.kl < MOST_KL, f"KL {comparison.kl:.4f} nats")
-    return Check(comparison, compare(artifact, theirs, window))
+    check = Check(compare(artifact, ours, window), compare(artifact, theirs, window))
+    near, far = check.against_module.kl, check.against_original.kl
+    _demand(bool(np.isfinite(near)) and near < MOST_KL + SHARE_OF_KL * far, f"KL {near:.4f} nats")
+    return check
 
 
 def _window(calibration: Calibration | None, vocabulary: int, context: int) -> torch.Tensor:
