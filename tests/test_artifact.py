@@ -213,3 +213,12 @@ def test_a_place_that_can_not_be_written_is_known_before_any_work() -> None:
     # root may write anywhere but here
     with pytest.raises(CompileError, match="nothing can be written"):
         check_writable(Path("/proc/gammac/out"))
+
+
+def test_what_a_killed_compile_left_is_swept_up(tmp_path: Path) -> None:
+    for name in (".out.999999999.ab12", ".out.1.ab12", ".out.mine", ".other.999999999.ab12"):
+        (tmp_path / name).mkdir()
+    with staging(tmp_path / "out") as folder:
+        fill(folder)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"out", ".out.1.ab12", ".out.mine", ".other.999999999.ab12"}

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+import psutil  # type: ignore[import-untyped]
+
 from gammac.diagnostics import CompileError
 from gammac.runtime.artifact import is_artifact
 
@@ -47,13 +49,22 @@ def staging(out: Path, overwrite: bool = True) -> Iterator[Path]:
     check_writable(out, overwrite)
     # an exchange must replace the folder, not a link that points to it
     place = out.resolve()
-    work = place.parent / f".{place.name}.{secrets.token_hex(4)}"
+    _sweep_up(place)
+    work = place.parent / f".{place.name}.{os.getpid()}.{secrets.token_hex(4)}"
     try:
         work.mkdir(parents=True)
         yield work
         _publish(work, place, overwrite)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _sweep_up(place: Path) -> None:
+    """Remove what killed compiles left beside `place`: folders named after a process that is gone."""
+    for left in place.parent.glob(f".{place.name}.*.*"):
+        pid = left.name.removeprefix(f".{place.name}.").split(".")[0]
+        if left.is_dir() and pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _publish(work: Path, place: Path, overwrite: bool) -> None:
