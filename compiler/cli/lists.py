@@ -13,9 +13,10 @@ def targets_group(ctx: click.Context) -> None:
     """The targets; `targets show NAME` for one."""
     if ctx.invoked_subcommand is None:
         from gammac import tables
-        from gammac.targets.target import load_target, target_names
+        from gammac.targets.target import HOST, host_target, load_target, target_names
 
         OUT.print(tables.targets([load_target(name) for name in target_names()]))
+        OUT.print(f"{HOST} stands for {host_target()} on this machine", highlight=False)
 
 
 @targets_group.command("show")
