@@ -11,6 +11,7 @@ from typing import Final
 
 import torch
 
+from gammac.calibration import BATCH_WINDOWS
 from gammac.driver import Plan, calibration_of, context_of, extra_bytes
 from gammac.ir import Module, Weight
 from gammac.passes.allocate import Allocate
@@ -19,13 +20,14 @@ from gammac.passes.fold_constants import FoldConstants
 from gammac.passes.insert_kv_cache import InsertKvCache
 from gammac.passes.keep_precision import KeepPrecision
 from gammac.passes.raise_patterns import RaisePatterns
+from gammac.passes.sensitivity import Fisher
 from gammac.passes.split_rows import SplitRows
 from gammac.pipeline import Context, Pipeline
 from gammac.targets.cost import Cost, module_cost
 
-FISHER_WINDOWS: Final = 16
-# operations of a sweep for each weight and format, beside rows² of the solve: measured on one core
-SWEEP_NANOSECONDS: Final = 90.0
+FISHER_WINDOWS: Final = Fisher().windows
+# of a weight in a format: 134 million weights in four formats took 63 s on two cores
+SWEEP_NANOSECONDS: Final = 120.0
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,13 @@ def estimate(plan: Plan) -> Estimate:
     calibration = calibration_of(plan)
     tokens = calibration.tokens.numel() if calibration else 0
     cost = module_cost(module, plan.target, extra_bytes=extra)
-    return Estimate(cost, _seconds(plan, module, tokens), _peak_bytes(module, tokens), tokens, module)
+    return Estimate(
+        cost,
+        _seconds(plan, module, tokens),
+        _peak_bytes(module, tokens, plan.request.calibration_length),
+        tokens,
+        module,
+    )
 
 
 def _choosable(module: Module) -> list[Weight]:
@@ -92,8 +100,9 @@ def _flops() -> float:
     return 2 * 2048 * 576 * 1536 / best
 
 
-def _peak_bytes(module: Module, tokens: int) -> int:
+def _peak_bytes(module: Module, tokens: int, length: int) -> int:
     """torch itself, the largest weight with its candidates, and a batch of activations."""
     largest = max((w.type.numel() for w in _choosable(module)), default=0)
     widest = max((int(str(w.type.shape[0])) for w in _choosable(module)), default=0)
-    return 700_000_000 + 4 * largest * 8 + 4 * min(tokens, 4096) * widest * 3
+    batch = min(tokens, BATCH_WINDOWS * length)
+    return 700_000_000 + 4 * largest * 8 + 4 * batch * widest * 3

@@ -1,6 +1,6 @@
 """Building and rewriting functions: types are inferred, what nothing uses is dropped."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from gammac.ir.core import Attr, Function, Op, Operand, Value
@@ -71,13 +71,3 @@ def drop_dead(function: Function) -> Function:
             live.update(o for o in op.operands if isinstance(o, Value))
             kept.append(op)
     return replace(function, ops=tuple(reversed(kept)))
-
-
-def rename_operands(function: Function, mapping: Mapping[Operand, Operand]) -> Function:
-    """Replace operands one for one, for example a weight by another of the same type."""
-    return rewrite(
-        function,
-        lambda b, op, operands: b.emit_all(
-            op.name, *(mapping.get(o, o) for o in operands), loc=op.loc, **op.attrs
-        ),
-    )
