@@ -1,0 +1,91 @@
+"""Options that compile and sweep share: what may be chosen, for which device, calibrated on what."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from gammac.driver import Request
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+OPTIONS: Final = (
+    click.option("--target", default="cpu", show_default=True, help="A target's name, or a .toml file."),
+    click.option(
+        "--formats",
+        help="Formats that block linears may get, e.g. w2g64,w3g64,w4g64,w8g64; one alone is uniform.",
+    ),
+    click.option(
+        "--table-formats", default="w4g64,w8g64", show_default=True, help="The same for embedding and head."
+    ),
+    click.option(
+        "--group-size",
+        default="64",
+        show_default=True,
+        help="Group size where --formats is not given: 32, 64, 96, 128, channel.",
+    ),
+    click.option("--symmetric", is_flag=True, help="No zero points, where --formats is not given."),
+    click.option("--quantizer", default="gptq", show_default=True, help="gptq or rtn."),
+    click.option(
+        "--clip",
+        type=click.Choice(["mse", "none"]),
+        default="mse",
+        show_default=True,
+        help="How a group's range is chosen.",
+    ),
+    click.option(
+        "--act-order/--no-act-order",
+        default=True,
+        show_default=True,
+        help="gptq: columns by decreasing activation.",
+    ),
+    click.option("--damping", default=0.01, show_default=True, help="gptq: share of the mean diagonal."),
+    click.option(
+        "--tie/--no-tie",
+        default=None,
+        help="One format for linears that the target fuses (default: as the target says).",
+    ),
+    click.option(
+        "--calibration",
+        type=click.Path(path_type=Path),
+        help="Calibration text (default: the one that gammac ships).",
+    ),
+    click.option("--calibration-windows", default=128, show_default=True),
+    click.option("--calibration-length", default=512, show_default=True, help="Tokens in a window."),
+    click.option(
+        "--cache",
+        type=click.Path(path_type=Path),
+        help="Where finished work is kept (default: the user's cache).",
+    ),
+    click.option("--portable", is_flag=True, help="Only stock kernels: no native library in the artifact."),
+    click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
+)
+
+
+def shared_options(command: Command) -> Command:
+    """Adds OPTIONS to a command, in their order."""
+    for option in reversed(OPTIONS):
+        command = option(command)
+    return command
+
+
+def request_of(options: Mapping[str, Any], budget: str, seed: int, **chosen: Any) -> "Request":
+    """What a user asks for; `chosen` are fields of Choices that only one command lets choose."""
+    from gammac.driver import Request
+    from gammac.passes import Choices
+
+    group = options["group_size"] if options["group_size"] == "channel" else f"g{options['group_size']}"
+    suffix = "-sym" if options["symmetric"] else ""
+    block = options["formats"] or ",".join(f"w{bits}{group}{suffix}" for bits in (2, 3, 4, 8))
+    same = ("quantizer", "clip", "act_order", "damping", "tie")
+    choices = Choices(
+        "+".join(block.split(",")),
+        "+".join(options["table_formats"].split(",")),
+        **{k: options[k] for k in same},
+        **chosen,
+    )
+    taken = ("model", "target", "calibration", "calibration_windows", "calibration_length", "portable",
+             "trust_remote_code")  # fmt: skip
+    return Request(budget=budget, seed=seed, choices=choices, **{k: options[k] for k in taken})
