@@ -21,7 +21,7 @@ LAYERS = [
     ["gammac.weights"],
     ["gammac.formats", "gammac.budget", "gammac.progress", "gammac.texts"],
     ["gammac.targets", "gammac.targets.target", "gammac.targets.cost"],
-    ["gammac.cache", "gammac.pipeline", "gammac.calibration"],
+    ["gammac.cache", "gammac.pipeline", "gammac.calibration", "gammac.trials"],
     ["gammac.passes"],
     ["gammac.targets.onnx"],
     ["gammac.models_zoo"],
