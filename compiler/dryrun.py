@@ -44,14 +44,9 @@ class Estimate:
 def estimate(plan: Plan) -> Estimate:
     """Raises CompileError for a budget that can't be met, as the compile would."""
     ctx = context_of(plan)
-    choices = plan.request.choices
-    shape = (FoldConstants(), RaisePatterns(), InsertKvCache(), KeepPrecision())
-    split = () if plan.compiler else (SplitRows(),)
-    module = Pipeline((*shape, *split)).run(plan.module, ctx)
-    candidates = Candidates(choices.block, choices.table, compiler=plan.compiler)
-    module = module.with_weights(*(_guessed(w, candidates, ctx) for w in _choosable(module)))
     extra = extra_bytes(plan, plan.module)
-    module = Pipeline((Allocate(tie=choices.tie, extra_bytes=extra),)).run(module, ctx)
+    allocate = Allocate(tie=plan.request.choices.tie, extra_bytes=extra)
+    module = Pipeline((allocate,)).run(guess_scores(plan, ctx), ctx)
     calibration = calibration_of(plan)
     tokens = calibration.tokens.numel() if calibration else 0
     cost = module_cost(module, plan.target, extra_bytes=extra)
@@ -62,6 +57,16 @@ def estimate(plan: Plan) -> Estimate:
         tokens,
         module,
     )
+
+
+def guess_scores(plan: Plan, ctx: Context) -> Module:
+    """The module as candidates would find it, with the noise model's scores."""
+    shape = (FoldConstants(), RaisePatterns(), InsertKvCache(), KeepPrecision())
+    split = () if plan.compiler else (SplitRows(),)
+    module = Pipeline((*shape, *split)).run(plan.module, ctx)
+    choices = plan.request.choices
+    candidates = Candidates(choices.block, choices.table, compiler=plan.compiler)
+    return module.with_weights(*(_guessed(w, candidates, ctx) for w in _choosable(module)))
 
 
 def _choosable(module: Module) -> list[Weight]:

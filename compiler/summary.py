@@ -33,7 +33,7 @@ def by_projection(module: Module, target: Target) -> list[Row]:
     """One row for each kind of weight: its path without the number of the block; one for all floats."""
     groups: dict[str, list[WeightCost]] = defaultdict(list)
     for cost in weight_costs(module, target):
-        name = _without_block(cost.name) if cost.role or cost.format else FLOATS
+        name = without_block(cost.name) if cost.role or cost.format else FLOATS
         groups[name].append(cost)
     return [_row(name, costs) for name, costs in groups.items()]
 
@@ -43,7 +43,8 @@ def by_weight(module: Module, target: Target) -> list[Row]:
     return [_row(cost.name, [cost]) for cost in weight_costs(module, target)]
 
 
-def _without_block(name: str) -> str:
+def without_block(name: str) -> str:
+    """`model.layers.*.mlp.up_proj` for `model.layers.3.mlp.up_proj.weight`."""
     index = block_index(name)
     name = name.removesuffix(".weight")
     return name if index is None else name.replace(f".{index}.", ".*.", 1)

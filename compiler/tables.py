@@ -14,6 +14,7 @@ from gammac.pipeline import Pass, Step
 from gammac.runtime.evaluate import Comparison
 from gammac.runtime.probe import peak_rss_bytes
 from gammac.summary import Row, timing_rows
+from gammac.sweep_report import Grid
 from gammac.targets.cost import Cost
 from gammac.targets.target import Target
 
@@ -86,6 +87,16 @@ def figures(title: str, found: Mapping[str, Any]) -> Table:
     table = Table(title=title, show_header=False)
     for name, value in found.items():
         table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+    return table
+
+
+def grid(found: Grid) -> Table:
+    """A table of a sweep."""
+    table = Table(title=found.title)
+    for index, name in enumerate(found.head):
+        table.add_column(name, justify="right" if index else "left")
+    for r, row in enumerate(found.rows):
+        table.add_row(*(f"[bold]{c}[/]" if (r, i) in found.best else c for i, c in enumerate(row)))
     return table
 
 

@@ -28,7 +28,10 @@ LAYERS = [
     ["gammac.frontend"],
     ["gammac.runtime"],
     ["gammac.driver", "gammac.summary"],
-    ["gammac.dryrun", "gammac.evaluation"],
+    ["gammac.dryrun", "gammac.evaluation", "gammac.explain"],
+    ["gammac.sweep"],
+    ["gammac.sweep_report"],
+    ["gammac.plots"],
     ["gammac.tables"],
     ["gammac.cli", "gammac.__main__"],
 ]
