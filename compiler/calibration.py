@@ -83,17 +83,26 @@ def _ordered(function: Function, values: set[Value]) -> tuple[Value, ...]:
     return tuple(v for v in every if v in values)
 
 
-class SegmentWeights:
-    """Float weights of one segment, loaded when first asked for."""
+# a weight's name and its floats, to the floats that are used in their place
+Change = Callable[[str, Tensor], Tensor]
 
-    def __init__(self, module: Module, store: WeightStore) -> None:
-        self.module, self.store = module, store
+
+def unchanged(name: str, weight: Tensor) -> Tensor:
+    """The weight as it is."""
+    return weight
+
+
+class SegmentWeights:
+    """Float weights of one segment, loaded when first asked for, and changed if need be."""
+
+    def __init__(self, module: Module, store: WeightStore, change: Change = unchanged) -> None:
+        self.module, self.store, self.change = module, store, change
         self.loaded: dict[str, Tensor] = {}
 
     def __call__(self, name: str) -> Tensor:
         """The weight as f32, dequantized if it is stored as codes."""
         if name not in self.loaded:
-            self.loaded[name] = load_float(self.module.weights[name], self.store)
+            self.loaded[name] = self.change(name, load_float(self.module.weights[name], self.store))
         return self.loaded[name]
 
 
@@ -156,14 +165,15 @@ Visit = Callable[[Segment, SegmentWeights, Op, list[Tensor]], None]
 
 
 def run_segment(
-    module: Module, stream: Stream, store: WeightStore, visit: Visit, index: int, forget: bool = True
-) -> None:
+    module: Module, stream: Stream, store: WeightStore, visit: Visit, index: int, forget: bool = True,
+    change: Change = unchanged,
+) -> None:  # fmt: skip
     """Run one segment over all batches; `visit` sees each linear with its operands' tensors.
 
     What follows the last linear of the last segment is not run: nobody reads it.
     """
     segment = stream.segments[index]
-    weights = SegmentWeights(module, store)
+    weights = SegmentWeights(module, store, change)
     following = stream.segments[index + 1].live_in if index + 1 < len(stream.segments) else None
     for batch in range(len(stream.batches)):
         env = stream.load(index, batch)
@@ -196,12 +206,13 @@ def _still_read(ops: tuple[Op, ...], following: tuple[Value, ...]) -> set[Value]
 
 
 def run_up_to_last(
-    module: Module, stream: Stream, store: WeightStore, progress: Progress, title: str
-) -> None:
+    module: Module, stream: Stream, store: WeightStore, progress: Progress, title: str,
+    change: Change = unchanged,
+) -> None:  # fmt: skip
     """Leave behind what every segment reads, for a backward run."""
     stream.start()
     for index in progress(range(len(stream.segments) - 1), title):
-        run_segment(module, stream, store, lambda *_: None, index, forget=False)
+        run_segment(module, stream, store, lambda *_: None, index, forget=False, change=change)
 
 
 @dataclass(frozen=True)
@@ -212,10 +223,25 @@ class LinearGradient:
     input: Tensor
     gradient: Tensor
 
+    def output_change(self, delta: Tensor) -> Tensor:
+        """What the output grows by when `delta`, of the weight's shape, is added to the weight."""
+        if self.op.name == "embedding":
+            return torch.nn.functional.embedding(self.input, delta)
+        return torch.nn.functional.linear(self.input, delta)
+
+    def at_weight(self, rows: int) -> Tensor:
+        """The gradient at the weight, f32 [rows, columns]: Σ_tokens gradient ⊗ input."""
+        outputs = self.gradient.flatten(0, -2)
+        if self.op.name == "embedding":
+            found = torch.zeros(rows, outputs.shape[-1])
+            return found.index_add_(0, self.input.flatten(), outputs)
+        return outputs.T @ self.input.flatten(0, -2)
+
 
 def backward_segments(
-    module: Module, stream: Stream, store: WeightStore, progress: Progress, title: str
-) -> Iterator[tuple[Segment, SegmentWeights, Iterator[LinearGradient]]]:
+    module: Module, stream: Stream, store: WeightStore, progress: Progress, title: str,
+    change: Change = unchanged,
+) -> Iterator[tuple[Segment, SegmentWeights, Iterator[LinearGradient]]]:  # fmt: skip
     """From the last segment to the first: for each, the gradients of its linears, batch by batch.
 
     The loss is the summed next-token cross entropy of the calibration tokens, in nats. The states
@@ -225,7 +251,7 @@ def backward_segments(
     gradients: list[dict[Value, Tensor] | None] = [None for _ in stream.batches]
     for index in progress(range(len(stream.segments) - 1, -1, -1), title):
         segment = stream.segments[index]
-        weights = SegmentWeights(module, store)
+        weights = SegmentWeights(module, store, change)
 
         def batches(
             index: int = index, segment: Segment = segment, weights: SegmentWeights = weights

@@ -20,7 +20,7 @@ from gammac.ir import Module, to_text
 from gammac.models_zoo.fetch import default_cache, fetch
 from gammac.models_zoo.registry import MODELS
 from gammac.models_zoo.texts import default_calibration_text
-from gammac.passes import Choices, default_pipeline
+from gammac.passes import Choices, default_pipeline, strategy_of
 from gammac.passes.sensitivity import NEED_NEXT_TOKEN
 from gammac.pipeline import Context, Observer, Pipeline, Step
 from gammac.progress import Progress, no_progress
@@ -120,9 +120,10 @@ def make_plan(request: Request, cache: Path | None = None) -> Plan:
     folder = cache or default_cache()
     store = WeightStore(folder / "weights")
     module = capture(source, store)
-    if module.attrs.get("kind") == "encoder" and request.choices.strategy in NEED_NEXT_TOKEN:
+    strategy = strategy_of(request.choices).name
+    if module.attrs.get("kind") == "encoder" and strategy in NEED_NEXT_TOKEN:
         raise CompileError(
-            f"{source.name} is an encoder: the strategy {request.choices.strategy} needs a next token",
+            f"{source.name} is an encoder: the strategy {strategy} needs a next token",
             hint="use --strategy weight_mse",
         )
     seconds = time.perf_counter() - started

@@ -14,18 +14,19 @@ import torch
 from gammac.calibration import BATCH_WINDOWS
 from gammac.driver import Plan, calibration_of, context_of, extra_bytes
 from gammac.ir import Module, Weight
+from gammac.passes import strategy_of
 from gammac.passes.allocate import Allocate
 from gammac.passes.candidates import Candidates
 from gammac.passes.fold_constants import FoldConstants
 from gammac.passes.insert_kv_cache import InsertKvCache
 from gammac.passes.keep_precision import KeepPrecision
 from gammac.passes.raise_patterns import RaisePatterns
-from gammac.passes.sensitivity import Fisher
+from gammac.passes.sensitivity import DeltaLoss, Fisher, Hawq
+from gammac.passes.sensitivity.scores import grid_noise
 from gammac.passes.split_rows import SplitRows
-from gammac.pipeline import Context, Pipeline
+from gammac.pipeline import Context, Pass, Pipeline
 from gammac.targets.cost import Cost, module_cost
 
-FISHER_WINDOWS: Final = Fisher().windows
 # of a weight in a format: 134 million weights in four formats took 63 s on two cores
 SWEEP_NANOSECONDS: Final = 120.0
 
@@ -75,7 +76,7 @@ def _choosable(module: Module) -> list[Weight]:
 
 def _guessed(weight: Weight, candidates: Candidates, ctx: Context) -> Weight:
     formats = candidates.formats_for(weight, ctx)
-    return weight.with_attrs(scores={f.name: weight.type.numel() * 4.0**-f.bits for f in formats})
+    return weight.with_attrs(scores={f.name: grid_noise(weight, f.name) for f in formats})
 
 
 def _seconds(plan: Plan, module: Module, tokens: int) -> float:
@@ -87,11 +88,25 @@ def _seconds(plan: Plan, module: Module, tokens: int) -> float:
     if plan.request.choices.quantizer == "gptq":
         grams = sum(int(str(w.type.shape[1])) ** 2 for w in weights)
         gemm += 2 * tokens * (block + 0.6 * grams)  # q, k, v and gate, up share a matrix
-    if plan.request.choices.strategy == "fisher":
-        scored = min(tokens, FISHER_WINDOWS * plan.request.calibration_length)
-        gemm += 2 * scored * every * (3 + formats)
+    windows, products = _scoring(strategy_of(plan.request.choices), formats)
+    gemm += 2 * min(tokens, windows * plan.request.calibration_length) * every * products
     sweeps = every * formats * SWEEP_NANOSECONDS * 1e-9
     return plan.capture_seconds + gemm / _flops() + sweeps + every * 1e-8
+
+
+def _scoring(strategy: Pass, formats: int) -> tuple[int, int]:
+    """Windows that a strategy reads, and the products with each weight that it makes of them.
+
+    A backward run takes three: forward, forward again, backward.
+    """
+    match strategy:
+        case Fisher():
+            return strategy.windows, 3 + formats
+        case DeltaLoss():
+            return strategy.windows, 4 * formats
+        case Hawq():
+            return strategy.windows, 2 * 4 * strategy.probes
+    return 0, 0
 
 
 def _flops() -> float:

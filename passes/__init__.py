@@ -12,6 +12,7 @@ from gammac.passes.fold_constants import FoldConstants
 from gammac.passes.insert_kv_cache import InsertKvCache
 from gammac.passes.keep_precision import KeepPrecision
 from gammac.passes.legalize_onnx import LegalizeOnnx
+from gammac.passes.options import parse_strategy
 from gammac.passes.quantize import Quantize
 from gammac.passes.quantizers import make_quantizer
 from gammac.passes.raise_patterns import RaisePatterns
@@ -31,7 +32,7 @@ LEGALIZERS: Final[Mapping[str, type[Pass]]] = {"onnx": LegalizeOnnx}
 
 @dataclass(frozen=True)
 class Choices:
-    """What a compile lets its user choose about the passes."""
+    """What a compile lets its user choose about the passes. `strategy` may have options, as in a pipeline."""
 
     block: str = "w2g64+w3g64+w4g64+w8g64"
     table: str = "w4g64+w8g64"
@@ -44,6 +45,11 @@ class Choices:
     tie: bool | None = None
 
 
+def strategy_of(choices: Choices) -> Pass:
+    """The strategy with its options. Raises CompileError for an unknown one, or for wrong options."""
+    return parse_strategy(choices.strategy, STRATEGIES)
+
+
 def default_pipeline(
     choices: Choices, emitter: str, *, compiler: bool, extra_bytes: int = 0
 ) -> tuple[Pass, ...]:
@@ -51,10 +57,9 @@ def default_pipeline(
 
     `compiler`: whether a C++ compiler is at hand for the emitter's own kernels; without one, rows are
     split so that the widths of the stock kernels mix within a weight. Raises CompileError for an
-    unknown strategy or emitter.
+    unknown strategy or emitter, or for options that the strategy lacks.
     """
-    if choices.strategy not in STRATEGIES:
-        raise CompileError(f"no strategy {choices.strategy!r}", hint=f"there are {', '.join(STRATEGIES)}")
+    strategy = strategy_of(choices)
     if emitter not in LEGALIZERS:
         raise CompileError(f"no emitter {emitter!r}", hint=f"there are {', '.join(LEGALIZERS)}")
     how = (choices.quantizer, choices.clip, choices.act_order, choices.damping)
@@ -69,7 +74,7 @@ def default_pipeline(
         # what each weight would lose in each format
         *((CollectGrams(),) if needs_gram else ()),
         Candidates(choices.block, choices.table, *how, compiler=compiler),
-        STRATEGIES[choices.strategy](),
+        strategy,
         # the choice, and its execution; everything above is the same for every budget
         Allocate(tie=choices.tie, extra_bytes=extra_bytes),
         Quantize(choices.inputs, *how),

@@ -29,10 +29,18 @@ def parse_passes(text: str, table: Mapping[str, type[Pass]]) -> tuple[Pass, ...]
     return tuple(found)
 
 
-def make_pass(name: str, options: str, table: Mapping[str, type[Pass]]) -> Pass:
-    """One pass from its name and `option=value,…`."""
+def parse_strategy(text: str, table: Mapping[str, type[Pass]]) -> Pass:
+    """One strategy, with or without options. Raises CompileError as `parse_passes` does."""
+    match = _PASS.fullmatch(text)
+    if not match or match[3]:
+        raise CompileError(f"{text!r} is no strategy", hint='write fisher or "fisher{windows=32}"')
+    return make_pass(match[1].replace("-", "_"), match[2] or "", table, "strategy")
+
+
+def make_pass(name: str, options: str, table: Mapping[str, type[Pass]], what: str = "pass") -> Pass:
+    """One pass from its name and `option=value,…`; `what` it is called in the refusal of its name."""
     if name not in table:
-        raise CompileError(f"no pass {name!r}", hint=f"there are {', '.join(table)}")
+        raise CompileError(f"no {what} {name!r}", hint=f"there are {', '.join(table)}")
     kind: Any = table[name]
     hints = typing.get_type_hints(kind)
     fields = {f.name: hints[f.name] for f in dataclasses.fields(kind)}

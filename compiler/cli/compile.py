@@ -13,6 +13,17 @@ if TYPE_CHECKING:
     from gammac.pipeline import Step
 
 
+class StrategyOption(click.Option):
+    """Its help lists the strategies, which import torch: they are read only when help is asked for."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """What `--help` prints."""
+        from gammac.passes.sensitivity import STRATEGIES
+
+        self.help = f'How modules are scored: {", ".join(STRATEGIES)}; options as in "fisher{{windows=32}}".'
+        return super().get_help_record(ctx)
+
+
 @click.command("compile")
 @click.argument("model")
 @click.option(
@@ -24,9 +35,7 @@ if TYPE_CHECKING:
     help="3 (payload bits), 3bpw (true bits), 80MB, 12ms/token; several hold together.",
 )
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The artifact's folder.")
-@click.option(
-    "--strategy", default="fisher", show_default=True, help="How modules are scored: fisher, weight_mse."
-)
+@click.option("--strategy", cls=StrategyOption, default="fisher", show_default=True)
 @click.option(
     "--inputs",
     type=click.Choice(["full", "quantized"]),

@@ -12,7 +12,6 @@ format; both run block by block.
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from gammac.calibration import (
@@ -22,11 +21,16 @@ from gammac.calibration import (
     backward_segments,
     run_up_to_last,
 )
-from gammac.diagnostics import CompileError
-from gammac.formats import Quantized, parse_format
 from gammac.ir import Module, Op, Weight
 from gammac.passes.candidates import weights_have_candidates
-from gammac.passes.sensitivity.scores import candidates_of, rounded, weights_have_scores
+from gammac.passes.sensitivity.scores import (
+    candidate,
+    candidates_of,
+    check_range,
+    rounded,
+    scoring_tokens,
+    weights_have_scores,
+)
 from gammac.pipeline import Context, Invariant
 
 Scores = dict[str, dict[str, float]]
@@ -45,14 +49,13 @@ class Fisher:
     ensures: ClassVar[tuple[Invariant, ...]] = (weights_have_scores,)
     windows: int = 16
 
+    def __post_init__(self) -> None:
+        """Raises CompileError for less than one window."""
+        check_range(self.name, "windows", self.windows, 1)
+
     def run(self, module: Module, ctx: Context) -> Module:
         """Raises CompileError without calibration text, or for an encoder, which has no next token."""
-        if ctx.calibration is None or module.attrs.get("kind") == "encoder":
-            raise CompileError(
-                "fisher needs calibration text and a model that predicts the next token",
-                hint="use --strategy weight_mse",
-            )
-        tokens = ctx.calibration.first(self.windows).tokens
+        tokens = scoring_tokens(self.name, self.windows, module, ctx)
         stream = Stream(module.functions["forward"], tokens)
         run_up_to_last(module, stream, ctx.store, ctx.progress, "scoring (fisher, forward)")
         scores: Scores = {}
@@ -73,10 +76,7 @@ def _deltas(module: Module, op: Op, weights: SegmentWeights, ctx: Context) -> di
     if "candidates" not in weight.attrs:
         return {}
     original = weights(ref.name).detach()
-    return {
-        name: Quantized.from_arrays(parse_format(name), ctx.store.get(digest)).dequantize() - original
-        for name, digest in candidates_of(weight).items()
-    }
+    return {name: candidate(weight, name, ctx) - original for name in candidates_of(weight)}
 
 
 def _add(scores: Scores, module: Module, gradient: LinearGradient, deltas: dict[str, Tensor]) -> None:
@@ -84,15 +84,8 @@ def _add(scores: Scores, module: Module, gradient: LinearGradient, deltas: dict[
     assert ref is not None
     own = scores.setdefault(ref.name, {})
     for name, delta in deltas.items():
-        change = _change(gradient, delta)
+        change = gradient.output_change(delta)
         own[name] = own.get(name, 0.0) + 0.5 * float(change.mul_(gradient.gradient).square_().sum())
-
-
-def _change(gradient: LinearGradient, delta: Tensor) -> Tensor:
-    """y_b − y at every token."""
-    if gradient.op.name == "embedding":
-        return torch.nn.functional.embedding(gradient.input, delta)
-    return torch.nn.functional.linear(gradient.input, delta)
 
 
 def _scored(module: Module, scores: Scores, tokens: int) -> list[Weight]:

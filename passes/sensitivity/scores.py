@@ -1,9 +1,14 @@
-"""What strategies share: reading candidates, and the invariant that scores are there."""
+"""What strategies share: reading candidates and calibration text, and the invariant that scores are there."""
 
+import math
 from collections.abc import Iterator
 
-from gammac.diagnostics import Diagnostic
+from torch import Tensor
+
+from gammac.diagnostics import CompileError, Diagnostic
+from gammac.formats import Quantized, load_float, parse_format
 from gammac.ir import Module, Weight
+from gammac.pipeline import Context
 
 
 def weights_have_scores(module: Module) -> Iterator[Diagnostic]:
@@ -18,6 +23,42 @@ def candidates_of(weight: Weight) -> dict[str, str]:
     candidates = weight.attrs["candidates"]
     assert isinstance(candidates, dict)
     return {str(name): str(digest) for name, digest in candidates.items()}
+
+
+def candidate(weight: Weight, name: str, ctx: Context) -> Tensor:
+    """W_b: what a candidate's codes stand for, f32 [rows, columns]."""
+    return Quantized.from_arrays(parse_format(name), ctx.store.get(candidates_of(weight)[name])).dequantize()
+
+
+def squared_errors(weight: Weight, ctx: Context) -> dict[str, float]:
+    """Format name → Σ (W_b − W)²."""
+    original = load_float(weight, ctx.store)
+    return {n: float((candidate(weight, n, ctx) - original).square().sum()) for n in candidates_of(weight)}
+
+
+def grid_noise(weight: Weight, name: str) -> float:
+    """What a format loses if nothing is known: n · 4^−bits. Halving the step of a grid quarters its error."""
+    return weight.type.numel() * 4.0 ** -parse_format(name).bits
+
+
+def scoring_tokens(strategy: str, windows: int, module: Module, ctx: Context) -> Tensor:
+    """The first calibration windows, i64 [windows, length], for a strategy with a next-token loss.
+
+    Raises CompileError without calibration text, or for an encoder, which has no next token.
+    """
+    if ctx.calibration is None or module.attrs.get("kind") == "encoder":
+        raise CompileError(
+            f"{strategy} needs calibration text and a model that predicts the next token",
+            hint="use --strategy weight_mse",
+        )
+    return ctx.calibration.first(windows).tokens
+
+
+def check_range(strategy: str, option: str, value: float, least: float, most: float = math.inf) -> None:
+    """Raises CompileError for an option's value that is out of range, before any work."""
+    if not least <= value <= most:
+        limits = f"at least {least:g}" + (f" and at most {most:g}" if math.isfinite(most) else "")
+        raise CompileError(f"{strategy}: {option}={value}", hint=f"{option} is {limits}")
 
 
 def rounded(score: float) -> float:

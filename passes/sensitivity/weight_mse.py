@@ -8,10 +8,9 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from gammac.formats import Quantized, parse_format
 from gammac.ir import Module, Weight
 from gammac.passes.candidates import weights_have_candidates
-from gammac.passes.sensitivity.scores import candidates_of, rounded, weights_have_scores
+from gammac.passes.sensitivity.scores import rounded, squared_errors, weights_have_scores
 from gammac.pipeline import Context, Invariant
 
 
@@ -31,9 +30,4 @@ class WeightMse:
 
 
 def _scored(weight: Weight, ctx: Context) -> Weight:
-    original = ctx.store.tensor(weight.digest)
-    scores = {}
-    for name, digest in candidates_of(weight).items():
-        candidate = Quantized.from_arrays(parse_format(name), ctx.store.get(digest)).dequantize()
-        scores[name] = rounded(float((candidate - original).square().sum()))
-    return weight.with_attrs(scores=scores)
+    return weight.with_attrs(scores={name: rounded(e) for name, e in squared_errors(weight, ctx).items()})
