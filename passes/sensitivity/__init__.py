@@ -5,9 +5,11 @@ A strategy is a pass; a lower score is better. Being in the table means being te
 
 from typing import Final
 
+from gammac.passes.sensitivity.amq import Amq
 from gammac.passes.sensitivity.delta_loss import DeltaLoss
 from gammac.passes.sensitivity.first_last_high import FirstLastHigh
 from gammac.passes.sensitivity.fisher import Fisher
+from gammac.passes.sensitivity.greedy_kl import GreedyKl
 from gammac.passes.sensitivity.hawq import Hawq
 from gammac.passes.sensitivity.random_feasible import RandomFeasible
 from gammac.passes.sensitivity.uniform import Uniform
@@ -15,11 +17,11 @@ from gammac.passes.sensitivity.weight_mse import WeightMse
 from gammac.pipeline import Pass
 
 _IN_ORDER: Final[tuple[type[Pass], ...]] = (
-    Fisher, DeltaLoss, Hawq, WeightMse, Uniform, FirstLastHigh, RandomFeasible,
+    Fisher, DeltaLoss, Hawq, GreedyKl, Amq, WeightMse, Uniform, FirstLastHigh, RandomFeasible,
 )  # fmt: skip
 STRATEGIES: Final[dict[str, type[Pass]]] = {s.name: s for s in _IN_ORDER}
 
 # those whose loss is that of the next token, which an encoder does not predict
-NEED_NEXT_TOKEN: Final = frozenset({Fisher.name, DeltaLoss.name, Hawq.name})
+NEED_NEXT_TOKEN: Final = frozenset({Fisher.name, DeltaLoss.name, Hawq.name, GreedyKl.name, Amq.name})
 
-__all__ = ["NEED_NEXT_TOKEN", "STRATEGIES", "DeltaLoss", "Fisher", "Hawq", "WeightMse"]
+__all__ = ["NEED_NEXT_TOKEN", "STRATEGIES", "Amq", "DeltaLoss", "Fisher", "GreedyKl", "Hawq", "WeightMse"]
