@@ -8,6 +8,7 @@ from rich.table import Table
 
 from gammac.driver import Compiled, Plan
 from gammac.dryrun import Estimate
+from gammac.explain import Explanation
 from gammac.ir import Module
 from gammac.models_zoo.registry import ZooModel
 from gammac.pipeline import Pass, Step
@@ -87,6 +88,36 @@ def figures(title: str, found: Mapping[str, Any]) -> Table:
     table = Table(title=title, show_header=False)
     for name, value in found.items():
         table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+    return table
+
+
+def options(found: Explanation) -> Table:
+    """What one weight would be in each format; the chosen one is bold."""
+    table = Table(title=found.weight.name)
+    for name in ("format", "score", "output error", "payload", "true", "KB", "µs/token"):
+        table.add_column(name, justify="left" if name == "format" else "right")
+    for o in found.options:
+        numbers = ("–" if n is None else f"{n:.3g}" for n in (o.score, o.error))
+        bits = (f"{b / o.parameters:.2f}" for b in (o.payload_bits, o.true_bits))
+        sizes = (f"{o.bytes / 1e3:,.1f}", f"{o.seconds * 1e6:,.1f}")
+        table.add_row(o.format, *numbers, *bits, *sizes, style="bold" if o.format == found.chosen else "")
+    return table
+
+
+def steps(found: Explanation) -> Table:
+    """A step wider and narrower, and what bits bring elsewhere."""
+    table = Table(title=f"one step from {found.chosen}")
+    for name in ("", "step", "score", "KB", "µs/token", "score for a Mbit"):
+        table.add_column(name, justify="right" if name not in ("", "step") else "left", overflow="fold")
+    rows = {
+        "wider": found.wider, "narrower": found.narrower,
+        "best not taken elsewhere": found.best_left, "worst taken elsewhere": found.worst_taken,
+    }  # fmt: skip
+    for name, step in rows.items():
+        if step is not None:
+            where = "" if step.weights == found.together else f"{step.weights[0]}: "
+            sizes = (f"{step.score:+.3g}", f"{step.bytes / 1e3:+,.1f}", f"{step.seconds * 1e6:+,.1f}")
+            table.add_row(name, f"{where}{step.before} → {step.after}", *sizes, f"{step.price:.3g}")
     return table
 
 

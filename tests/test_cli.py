@@ -128,9 +128,17 @@ def test_inspect_shows_an_artifact_a_dump_and_one_weight(gammac: Run, artifact: 
     assert "MatMul" not in shown.stdout and "gqa" in shown.stdout and "payload 3.000" in shown.stdout
     dump = next((artifact.parent / "ir").glob("*fisher.gir"))
     assert "@prefill" in gammac("inspect", dump).stdout
-    one = gammac("inspect", dump, "--weight", "model.layers.0.mlp.up_proj.weight")
-    assert "scores = {w2g64" in one.stdout
-    fails(gammac("inspect", dump, "--weight", "up_proj"), "there is no weight", "perhaps model.layers.0")
+    one = gammac("inspect", dump, "--weight", "layers.0.mlp.up_proj")
+    assert "scores = {w2g64" in one.stdout and "it has no format yet" in one.stdout
+    allocated = next((artifact.parent / "ir").glob("*allocate.gir"))
+    why = gammac("inspect", allocated, "--weight", "layers.0.mlp.up_proj").stdout
+    assert "one step from w" in why and "best not taken elsewhere" in why and "decided together" in why
+    fused = gammac("inspect", artifact, "--weight", "layers.0.self_attn.q_proj").stdout
+    assert "q_proj-k_proj-v_proj" in fused and "scores are not in this file" in fused
+    fails(
+        gammac("inspect", dump, "--weight", "up_proj"), "stands for 5 weights", "model.layers.0.mlp.up_proj"
+    )
+    fails(gammac("inspect", dump, "--weight", "layers.0.mlp"), "there is no weight", "perhaps model.layers.0")
 
 
 def test_equal_requests_give_equal_bytes(gammac: Run, artifact: Path, tmp_path: Path) -> None:

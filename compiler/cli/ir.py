@@ -11,13 +11,14 @@ from gammac.diagnostics import CompileError
 
 if TYPE_CHECKING:
     from gammac.ir import Module
+    from gammac.targets.target import Target
 
 
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--target", help="Whose costs to show (default: the artifact's, else cpu).")
 @click.option("--every-weight", is_flag=True, help="A row for each weight, not for each projection.")
-@click.option("--weight", "weight_name", help="One weight: all that is known of it.")
+@click.option("--weight", "weight_name", help="One weight, by the end of its name: why it has its format.")
 def inspect(file: Path, target: str | None, every_weight: bool, weight_name: str | None) -> None:
     """Ops, formats, bits, sizes and predicted cost of a .gir FILE or an artifact."""
     from gammac import tables
@@ -34,7 +35,7 @@ def inspect(file: Path, target: str | None, every_weight: bool, weight_name: str
     module = read_module(file)
     chosen = load_target(target or "cpu")
     if weight_name:
-        _print_weight(module, weight_name)
+        _print_weight(module, weight_name, chosen)
         return
     for line in tables.op_counts(module):
         OUT.print(line, highlight=False, markup=False)
@@ -55,13 +56,20 @@ def read_module(path: Path) -> "Module":
     return module
 
 
-def _print_weight(module: "Module", name: str) -> None:
+def _print_weight(module: "Module", name: str, target: "Target") -> None:
+    from gammac import tables
+    from gammac.explain import explain, find_weight, reasons
     from gammac.ir.text import weight_text
 
-    if name not in module.weights:
-        near = [n for n in module.weights if name in n][:5]
-        raise CompileError(f"there is no weight {name!r}", hint=f"perhaps {', '.join(near)}" if near else "")
-    OUT.print(weight_text(module.weights[name]), highlight=False, soft_wrap=True, markup=False)
+    weight = find_weight(module, name)
+    OUT.print(weight_text(weight), highlight=False, soft_wrap=True, markup=False)
+    found = explain(module, weight, target)
+    if found.options:
+        OUT.print(tables.options(found))
+    if found.wider or found.narrower:
+        OUT.print(tables.steps(found))
+    for line in reasons(found):
+        OUT.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @click.command()

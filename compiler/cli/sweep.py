@@ -23,7 +23,12 @@ if TYPE_CHECKING:
     show_default=True,
     help="A row for each; + joins those that hold together: 3,2.5bpw+80MB.",
 )
-@click.option("--strategies", default="fisher,weight_mse", show_default=True, help="A curve for each.")
+@click.option(
+    "--strategies",
+    default="fisher,weight_mse",
+    show_default=True,
+    help="A curve for each; spelled as --strategy.",
+)
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of tables and plots."
 )
