@@ -22,7 +22,7 @@ from gammac.ir import Module
 from gammac.models_zoo.fetch import fetch
 from gammac.passes import Choices, default_pipeline
 from gammac.passes.candidates import Candidates
-from gammac.passes.sensitivity import STRATEGIES
+from gammac.passes.sensitivity import STRATEGIES, WeightMse
 from gammac.pipeline import Context
 from gammac.runtime.evaluate import perplexity, windows_for
 from gammac.runtime.generate import load_tokenizer
@@ -166,6 +166,26 @@ def test_only_strategies_that_read_the_seed_run_for_each(cache: Path, swept: Pat
     assert [(r.strategy, r.seed) for r in found.rows] == [("weight_mse", None), ("random", 0), ("random", 7)]
     assert found.rows[1].assignment != found.rows[2].assignment
     assert found.text == "the calibration text" and "give --text FILE" in to_markdown(found)
+
+
+def test_a_strategy_that_reads_the_budget_scores_for_each(
+    cache: Path, swept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored: list[str] = []
+    run = WeightMse.run
+
+    def counting(self: WeightMse, module: Module, ctx: Context) -> Module:
+        scored.append(str(ctx.budgets[0]))
+        return run(self, module, ctx)
+
+    monkeypatch.setattr(WeightMse, "run", counting)
+    monkeypatch.setattr(WeightMse, "reads", ("budget", "seed"))
+    request = Request("tiny", calibration_windows=4, calibration_length=128, choices=Choices(quantizer="rtn"))
+    run_sweep(SweepRequest(request, ("weight_mse",), ("2.5", "3"), seeds=(3,), windows=1), cache)
+    assert scored == ["2.5", "3"]
+    monkeypatch.setattr(WeightMse, "reads", ("seed",))
+    run_sweep(SweepRequest(request, ("weight_mse",), ("2.5", "3"), seeds=(4,), windows=1), cache)
+    assert scored == ["2.5", "3", "2.5"], "one scoring run for every budget"
 
 
 def test_without_matplotlib_everything_else_is_written(
