@@ -10,6 +10,9 @@ weights are probed at once, since E[zᵢᵀHᵢⱼzⱼ] = 0 for the blocks off t
 difference of two gradients.
 """
 
+import math
+import statistics
+import zlib
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,9 +23,8 @@ from torch import Tensor
 
 from gammac.cache import key_of
 from gammac.calibration import Stream, backward_segments, run_up_to_last
-from gammac.diagnostics import CompileError
 from gammac.formats import load_float
-from gammac.ir import Module
+from gammac.ir import Module, to_text
 from gammac.passes.candidates import weights_have_candidates
 from gammac.passes.sensitivity.scores import (
     check_range,
@@ -32,6 +34,7 @@ from gammac.passes.sensitivity.scores import (
     weights_have_scores,
 )
 from gammac.pipeline import Context, Invariant
+from gammac.weights import digest_of
 
 
 @dataclass(frozen=True)
@@ -39,48 +42,52 @@ class Hawq:
     """score(b) = (tr H / n) · Σ (W_b − W)², H the weight's block of the Hessian, in nats per token.
 
     `probes` random directions over `windows` of the calibration text; a step of `epsilon` times the
-    weight's root mean square.
+    weight's root mean square. An estimate below its own standard error, which chance can even make
+    negative, is raised to that: at a minimum of the loss no trace is negative.
     """
 
     name: ClassVar[str] = "hawq"
     reads: ClassVar[tuple[str, ...]] = ("calibration", "seed")
     requires: ClassVar[tuple[Invariant, ...]] = (weights_have_candidates,)
     ensures: ClassVar[tuple[Invariant, ...]] = (weights_have_scores,)
-    probes: int = 8
+    probes: int = 16
     windows: int = 4
-    epsilon: float = 0.01
+    epsilon: float = 0.003
 
     def __post_init__(self) -> None:
         """Raises CompileError for options out of range."""
-        check_range(self.name, "probes", self.probes, 1)
+        check_range(self.name, "probes", self.probes, 2)
         check_range(self.name, "windows", self.windows, 1)
         check_range(self.name, "epsilon", self.epsilon, 1e-6, 1)
 
     def run(self, module: Module, ctx: Context) -> Module:
-        """Raises CompileError without calibration text, for an encoder, or if no curvature is positive."""
-        curvatures = clamped(self.mean_curvatures(module, ctx))
-        weights = [module.weights[name] for name in curvatures]
+        """Raises CompileError without calibration text, or for an encoder, which has no next token."""
+        estimates = self.mean_curvatures(module, ctx)
         scored = []
-        for weight in ctx.progress(weights, "scoring (hawq, candidates)"):
+        for name in ctx.progress(list(estimates), "scoring (hawq, candidates)"):
+            curvature, weight = at_least_its_error(estimates[name]), module.weights[name]
             errors = squared_errors(weight, ctx)
-            scores = {name: rounded(curvatures[weight.name] * error) for name, error in errors.items()}
-            scored.append(weight.with_attrs(scores=scores))
+            scored.append(weight.with_attrs(scores={f: rounded(curvature * e) for f, e in errors.items()}))
         return module.with_weights(*scored)
 
-    def mean_curvatures(self, module: Module, ctx: Context) -> dict[str, float]:
-        """Weight name → the estimate of tr H / n, which chance can make negative."""
+    def mean_curvatures(self, module: Module, ctx: Context) -> dict[str, list[float]]:
+        """Weight name → an estimate of tr H / n from each probe, in nats per token.
+
+        Finished probes are remembered: a killed run goes on behind them.
+        """
         tokens = scoring_tokens(self.name, self.windows, module, ctx)
-        sums = {name: 0.0 for name, w in module.weights.items() if "candidates" in w.attrs}
+        found: dict[str, list[float]] = {n: [] for n, w in module.weights.items() if "candidates" in w.attrs}
+        key = key_of(self.name, to_text(module), digest_of({"tokens": tokens}))
         for index in range(self.probes):
             probe = Probe(f"{ctx.seed}.{index}", self.epsilon)
             title = f"hawq, probe {index + 1} of {self.probes}"
-            up, down = (_slopes(module, tokens, ctx, probe, sign, title) for sign in (1.0, -1.0))
-            for name in sums:
-                steps = probe.step(load_float(module.weights[name], ctx.store)) ** 2
-                # gᵀv at W + v less that at W − v is 2 vᵀHv, and v is the step times signs
-                curvature = (up[name] - down[name]) / (2 * steps * module.weights[name].type.numel())
-                sums[name] += curvature / (self.probes * tokens.numel())
-        return sums
+
+            def compute(probe: Probe = probe, title: str = title) -> dict[str, float]:
+                return _curvatures(module, tokens, ctx, probe, title)
+
+            for name, value in ctx.cache.record(key_of(key, repr(probe)), compute).items():
+                found[name].append(value)
+        return found
 
 
 @dataclass(frozen=True)
@@ -96,9 +103,21 @@ class Probe:
 
     def direction(self, name: str, weight: Tensor) -> Tensor:
         """The part of the direction that belongs to one weight, f32 of its shape."""
-        generator = torch.Generator().manual_seed(int(key_of(self.seed, name)[:15], 16))
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
         signs = torch.randint(0, 2, weight.shape, generator=generator).float().mul_(2.0).sub_(1.0)
         return signs.mul_(self.step(weight))
+
+
+def _curvatures(module: Module, tokens: Tensor, ctx: Context, probe: Probe, title: str) -> dict[str, float]:
+    """Weight name → vᵀHv / ‖v‖², of the loss a token; v is the weight's part of the probe."""
+    up, down = (_slopes(module, tokens, ctx, probe, sign, title) for sign in (1.0, -1.0))
+    found = {}
+    for name, weight in module.weights.items():
+        if "candidates" in weight.attrs:
+            # gᵀv at W + v less that at W − v is 2 vᵀHv
+            square = probe.step(load_float(weight, ctx.store)) ** 2 * weight.type.numel()
+            found[name] = (up[name] - down[name]) / (2 * square * tokens.numel())
+    return found
 
 
 def _slopes(
@@ -128,13 +147,7 @@ def _slopes(
     return slopes
 
 
-def clamped(curvatures: Mapping[str, float]) -> dict[str, float]:
-    """Estimates that are not positive raised to the smallest positive one.
-
-    At a minimum the Hessian has no negative trace: such an estimate says that the weight matters little.
-    Raises CompileError if none is positive.
-    """
-    positive = [c for c in curvatures.values() if c > 0]
-    if curvatures and not positive:
-        raise CompileError("hawq: no estimated trace is positive", hint="give it more probes or windows")
-    return {name: max(c, min(positive)) for name, c in curvatures.items()}
+def at_least_its_error(estimates: list[float]) -> float:
+    """The mean of two or more estimates, raised to its standard error."""
+    error = statistics.stdev(estimates) / math.sqrt(len(estimates))
+    return max(statistics.fmean(estimates), error)
