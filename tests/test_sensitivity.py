@@ -1,6 +1,7 @@
 """Calibration, candidates, scores and quantization, on a small module written by hand."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,8 @@ def test_every_weight_gets_scores_that_fall_with_bits(strategy: str) -> None:
         if "role" in weight.attrs:
             scores: Any = weight.attrs["scores"]
             values = list(scores.values())
-            assert all(v >= 0 for v in values)
+            assert scores.keys() == weight.attrs["candidates"].keys()  # type: ignore[union-attr]
+            assert all(math.isfinite(v) and v >= 0 for v in values)
             assert values == sorted(values, reverse=True), weight.name
 
 
