@@ -21,7 +21,7 @@ from gammac.passes.fold_constants import FoldConstants
 from gammac.passes.insert_kv_cache import InsertKvCache
 from gammac.passes.keep_precision import KeepPrecision
 from gammac.passes.raise_patterns import RaisePatterns
-from gammac.passes.sensitivity import DeltaLoss, Fisher, Hawq
+from gammac.passes.sensitivity import Amq, DeltaLoss, Fisher, GreedyKl, Hawq
 from gammac.passes.sensitivity.scores import grid_noise
 from gammac.passes.split_rows import SplitRows
 from gammac.pipeline import Context, Pass, Pipeline
@@ -88,16 +88,17 @@ def _seconds(plan: Plan, module: Module, tokens: int) -> float:
     if plan.request.choices.quantizer == "gptq":
         grams = sum(int(str(w.type.shape[1])) ** 2 for w in weights)
         gemm += 2 * tokens * (block + 0.6 * grams)  # q, k, v and gate, up share a matrix
-    windows, products = _scoring(strategy_of(plan.request.choices), formats)
+    windows, products = scoring_work(strategy_of(plan.request.choices), len(weights), formats)
     gemm += 2 * min(tokens, windows * plan.request.calibration_length) * every * products
     sweeps = every * formats * SWEEP_NANOSECONDS * 1e-9
     return plan.capture_seconds + gemm / _flops() + sweeps + every * 1e-8
 
 
-def _scoring(strategy: Pass, formats: int) -> tuple[int, int]:
+def scoring_work(strategy: Pass, weights: int, formats: int) -> tuple[int, int]:
     """Windows that a strategy reads, and the products with each weight that it makes of them.
 
-    A backward run takes three: forward, forward again, backward.
+    A backward run takes three: forward, forward again, backward. Trying one weight alone takes half a
+    forward run in the mean.
     """
     match strategy:
         case Fisher():
@@ -106,6 +107,11 @@ def _scoring(strategy: Pass, formats: int) -> tuple[int, int]:
             return strategy.windows, 4 * formats
         case Hawq():
             return strategy.windows, 2 * 4 * strategy.probes
+        case GreedyKl():
+            return strategy.windows, weights * formats // 2
+        case Amq():
+            designs = strategy.initial + strategy.iterations * strategy.per_iteration
+            return strategy.windows, weights // 2 + designs
     return 0, 0
 
 

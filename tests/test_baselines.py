@@ -22,6 +22,7 @@ from gammac.calibration import Stream, block_index, inputs_of, next_token_loss
 from gammac.cli import main
 from gammac.diagnostics import CompileError
 from gammac.driver import Request, make_plan
+from gammac.dryrun import scoring_work
 from gammac.formats import load_float, parse_format
 from gammac.ir import Builder, Function, Module, Sym, TensorType, Value, to_text
 from gammac.ir.interpret import run
@@ -309,6 +310,13 @@ def test_a_next_token_is_needed(prepared: tuple[Module, Context], strategy: str)
             CompileError, match=f"{strategy} needs calibration text and a model that predicts"
         ):
             STRATEGIES[strategy]().run(*wrong)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_dry_run_knows_what_scoring_takes(strategy: str) -> None:
+    """Windows only where text is read, and products only of windows."""
+    windows, products = scoring_work(STRATEGIES[strategy](), weights=36, formats=4)
+    assert (windows > 0) == (products > 0) == ("calibration" in STRATEGIES[strategy].reads)
 
 
 def test_the_help_lists_the_strategies_and_nothing_else_imports_torch() -> None:

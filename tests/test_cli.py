@@ -231,6 +231,7 @@ def test_lists(gammac: Run) -> None:
         (["--formats", "w9g64"], ["w9g64", "write w4g64"]),
         (["--quantizer", "awq2"], ["no quantizer 'awq2'", "gptq"]),
         (["--strategy", "gama"], ["no strategy 'gama'", "fisher"]),
+        (["--strategy", "fisher{window=3}"], ["fisher: no option 'window=3'", "windows"]),
         (["--calibration", "nowhere.txt"], ["nowhere.txt can't be read"]),
     ],
 )
@@ -321,7 +322,9 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_encoder_compiles_and_says_what_it_is_not(gammac: Run, encoder: Path, tmp_path: Path) -> None:
-    fails(gammac("compile", encoder, "-o", tmp_path / "b", *QUICK), "is an encoder", "--strategy weight_mse")
+    for strategy in ("fisher", "hawq{probes=2}"):
+        result = gammac("compile", encoder, "-o", tmp_path / "b", *QUICK, "--strategy", strategy)
+        fails(result, "is an encoder", "--strategy weight_mse")
     result = gammac("compile", encoder, "-o", tmp_path / "b", *QUICK, "--strategy", "weight_mse")
     assert result.exit_code == 0, result.output
     assert "stay f32: bert.embeddings" in result.stdout and "cosine 0.99" in result.stdout
