@@ -238,16 +238,24 @@ class LinearGradient:
         return outputs.T @ self.input.flatten(0, -2)
 
 
+# the model's output for a batch and the batch's index, to a scalar
+Loss = Callable[[Tensor, int], Tensor]
+# a segment's index, a batch's, and the gradients at the values that the segment puts out
+Arriving = Callable[[int, int, dict[Value, Tensor]], None]
+
+
 def backward_segments(
     module: Module, stream: Stream, store: WeightStore, progress: Progress, title: str,
-    change: Change = unchanged,
+    change: Change = unchanged, loss: Loss | None = None, arriving: Arriving | None = None,
 ) -> Iterator[tuple[Segment, SegmentWeights, Iterator[LinearGradient]]]:  # fmt: skip
     """From the last segment to the first: for each, the gradients of its linears, batch by batch.
 
-    The loss is the summed next-token cross entropy of the calibration tokens, in nats. The states
-    that `run_up_to_last` left are read and deleted. Each inner iterator must be used up
-    before the next segment is asked for.
+    Without a `loss` it is the summed next-token cross entropy of the calibration tokens, in nats.
+    `arriving` is shown the gradients at what a segment puts out, before the segment is run. The states
+    that `run_up_to_last` left are read and deleted, unless something is shown: whoever wants gradients
+    at states wants the states. Each inner iterator must be used up before the next segment is asked for.
     """
+    loss = loss or (lambda logits, batch: next_token_loss(logits, stream.batches[batch]))
     gradients: list[dict[Value, Tensor] | None] = [None for _ in stream.batches]
     for index in progress(range(len(stream.segments) - 1, -1, -1), title):
         segment = stream.segments[index]
@@ -256,19 +264,21 @@ def backward_segments(
         def batches(
             index: int = index, segment: Segment = segment, weights: SegmentWeights = weights
         ) -> Iterator[LinearGradient]:
-            for batch, tokens in enumerate(stream.batches):
+            for batch in range(len(stream.batches)):
+                flowing = gradients[batch]
+                if arriving and flowing is not None:
+                    arriving(index, batch, flowing)
                 env = stream.load(index, batch)
-                found, gradients[batch] = _backward(
-                    segment, env, stream, batch, tokens, weights, gradients[batch]
-                )
+                found, gradients[batch] = _backward(segment, env, stream, batch, loss, weights, flowing)
                 yield from found
 
         yield segment, weights, batches()
-        stream.forget(index)
+        if arriving is None:
+            stream.forget(index)
 
 
 def _backward(
-    segment: Segment, env: Env, stream: Stream, batch: int, tokens: Tensor, weights: SegmentWeights,
+    segment: Segment, env: Env, stream: Stream, batch: int, loss: Loss, weights: SegmentWeights,
     gradients: dict[Value, Tensor] | None,
 ) -> tuple[list[LinearGradient], dict[Value, Tensor]]:  # fmt: skip
     """Gradients at the outputs of a segment's linears, and at the values that flow into it.
@@ -286,7 +296,7 @@ def _backward(
         [*watched, *segment.live_out, *inputs],
     )
     if gradients is None:
-        roots, at_roots = [next_token_loss(env[segment.live_out[-1]], tokens)], None
+        roots, at_roots = [loss(env[segment.live_out[-1]], batch)], None
     else:
         # rotary tables come from positions alone: nothing flows back through them
         pairs = [(env[v], g) for v, g in gradients.items() if env[v].requires_grad]

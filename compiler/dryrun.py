@@ -14,14 +14,14 @@ import torch
 from gammac.calibration import BATCH_WINDOWS
 from gammac.driver import Plan, calibration_of, context_of, extra_bytes
 from gammac.ir import Module, Weight
-from gammac.passes import strategy_of
+from gammac.passes import refine_of, strategy_of
 from gammac.passes.allocate import Allocate
 from gammac.passes.candidates import Candidates
 from gammac.passes.fold_constants import FoldConstants
 from gammac.passes.insert_kv_cache import InsertKvCache
 from gammac.passes.keep_precision import KeepPrecision
 from gammac.passes.raise_patterns import RaisePatterns
-from gammac.passes.sensitivity import Amq, DeltaLoss, Fisher, GreedyKl, Hawq
+from gammac.passes.sensitivity import Amq, DeltaLoss, Fisher, Gamma, GreedyKl, Hawq
 from gammac.passes.sensitivity.scores import grid_noise
 from gammac.passes.split_rows import SplitRows
 from gammac.pipeline import Context, Pass, Pipeline
@@ -90,6 +90,8 @@ def _seconds(plan: Plan, module: Module, tokens: int) -> float:
         gemm += 2 * tokens * (block + 0.6 * grams)  # q, k, v and gate, up share a matrix
     windows, products = scoring_work(strategy_of(plan.request.choices), len(weights), formats)
     gemm += 2 * min(tokens, windows * plan.request.calibration_length) * every * products
+    for refine in refine_of(plan.request.choices):
+        gemm += 2 * refine.windows * plan.request.calibration_length * every * (1 + 5 * refine.rounds)
     sweeps = every * formats * SWEEP_NANOSECONDS * 1e-9
     return plan.capture_seconds + gemm / _flops() + sweeps + every * 1e-8
 
@@ -101,6 +103,9 @@ def scoring_work(strategy: Pass, weights: int, formats: int) -> tuple[int, int]:
     forward run in the mean.
     """
     match strategy:
+        case Gamma():
+            learnt = strategy.sweeps * strategy.steps * BATCH_WINDOWS
+            return strategy.windows, 4 + 4 * learnt // strategy.windows
         case Fisher():
             return strategy.windows, 3 + formats
         case DeltaLoss():

@@ -159,7 +159,7 @@ def _tokens(wish: SweepRequest, plan: Plan, ctx: Context) -> tuple[str, Tensor]:
         length = min(WINDOW, int(str(plan.module.attrs.get("max_positions", WINDOW))))
         return wish.text.name, windows_for(wish.text, plan.source.tokenizer, wish.windows, length)
     assert ctx.calibration is not None, "with a tokenizer there is calibration text"
-    return CALIBRATION, ctx.calibration.first(wish.windows).tokens
+    return CALIBRATION, ctx.calibration.spread(wish.windows).tokens
 
 
 def _options(wish: SweepRequest, ctx: Context) -> dict[str, Any]:

@@ -22,9 +22,10 @@ class Calibration:
         """The digest of the tokens."""
         return digest_of({"tokens": self.tokens})
 
-    def first(self, windows: int) -> "Calibration":
-        """Only the first windows."""
-        return Calibration(self.tokens[:windows])
+    def spread(self, windows: int) -> "Calibration":
+        """So many of the windows, evenly spaced; all of them where there are fewer."""
+        count = len(self.tokens)
+        return Calibration(self.tokens[torch.linspace(0, count - 1, min(windows, count)).long()])
 
 
 def read_text(path: Path) -> str:

@@ -1,7 +1,7 @@
 """The passes, and the pipeline that `gammac compile` runs: the list to read first."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from gammac.diagnostics import CompileError
@@ -16,15 +16,19 @@ from gammac.passes.options import parse_strategy
 from gammac.passes.quantize import Quantize
 from gammac.passes.quantizers import make_quantizer
 from gammac.passes.raise_patterns import RaisePatterns
-from gammac.passes.sensitivity import STRATEGIES
+from gammac.passes.refine import Refine
+from gammac.passes.sensitivity import STRATEGIES, Gamma
 from gammac.passes.split_rows import SplitRows
 from gammac.pipeline import Pass
 
 _IN_ORDER: Final[tuple[type[Pass], ...]] = (
     FoldConstants, RaisePatterns, InsertKvCache, KeepPrecision, SplitRows, CollectGrams, Candidates,
-    *STRATEGIES.values(), Allocate, Quantize, LegalizeOnnx,
+    *STRATEGIES.values(), Allocate, Refine, Quantize, LegalizeOnnx,
 )  # fmt: skip
 PASSES: Final[Mapping[str, type[Pass]]] = {p.name: p for p in _IN_ORDER}
+
+# strategies whose allocations are checked end to end and improved unless the user says no
+REFINED: Final = frozenset({Gamma.name})
 
 # emitter → the pass that brings a module into the form that it writes
 LEGALIZERS: Final[Mapping[str, type[Pass]]] = {"onnx": LegalizeOnnx}
@@ -32,7 +36,11 @@ LEGALIZERS: Final[Mapping[str, type[Pass]]] = {"onnx": LegalizeOnnx}
 
 @dataclass(frozen=True)
 class Choices:
-    """What a compile lets its user choose about the passes. `strategy` may have options, as in a pipeline."""
+    """What a compile lets its user choose about the passes.
+
+    `strategy` may have options, as in a pipeline, and `+refine`, with or without options, behind it.
+    `refine` on or off holds where the strategy doesn't say it; by default only gamma is refined.
+    """
 
     block: str = "w2g64+w3g64+w4g64+w8g64"
     table: str = "w4g64+w8g64"
@@ -41,13 +49,26 @@ class Choices:
     act_order: bool = True
     damping: float = 0.01
     inputs: str = "full"
-    strategy: str = "fisher"
+    strategy: str = "gamma"
+    refine: bool | None = None
     tie: bool | None = None
 
 
 def strategy_of(choices: Choices) -> Pass:
     """The strategy with its options. Raises CompileError for an unknown one, or for wrong options."""
-    return parse_strategy(choices.strategy, STRATEGIES)
+    return parse_strategy(choices.strategy.partition("+")[0], STRATEGIES)
+
+
+def refine_of(choices: Choices, extra_bytes: int = 0) -> tuple[Refine, ...]:
+    """The step behind the allocation, or nothing. Raises CompileError for wrong options."""
+    _, plus, said = choices.strategy.partition("+")
+    wanted = choices.refine if choices.refine is not None else strategy_of(choices).name in REFINED
+    if not plus and not wanted:
+        return ()
+    text = said if plus else Refine.name
+    refine = parse_strategy(text, {Refine.name: Refine}, "step behind the allocation")
+    assert isinstance(refine, Refine)
+    return (replace(refine, tie=choices.tie, extra_bytes=extra_bytes),)
 
 
 def default_pipeline(
@@ -77,6 +98,7 @@ def default_pipeline(
         strategy,
         # the choice, and its execution; everything above is the same for every budget
         Allocate(tie=choices.tie, extra_bytes=extra_bytes),
+        *refine_of(choices, extra_bytes),
         Quantize(choices.inputs, *how),
         # the form that the emitter writes
         LEGALIZERS[emitter](),

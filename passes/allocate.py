@@ -20,7 +20,7 @@ from gammac.budget import ENERGY, KINDS, LATENCY, PAYLOAD, SIZE, TRUE, Budget, p
 from gammac.diagnostics import CompileError
 from gammac.formats import parse_format
 from gammac.ir import Module, Op, Value, Weight
-from gammac.passes.allocation_problem import Choice, Group
+from gammac.passes.allocation_problem import Choice, Group, Picks
 from gammac.passes.allocation_search import Infeasible, choose
 from gammac.passes.quantize import weights_have_formats
 from gammac.passes.sensitivity.scores import weights_have_scores
@@ -60,17 +60,33 @@ class Allocate:
 
     def run(self, module: Module, ctx: Context) -> Module:
         """Raises CompileError when the budgets can't be met: the tightest, and what would be enough."""
-        budgets = parse_budgets(self.budget) if self.budget else ctx.budgets
-        limits = [limit_of(b, module, ctx.target, self.extra_bytes) for b in budgets]
-        tie = ctx.target.tie if self.tie is None else self.tie
-        rows = _rows(module, ctx.target, limits, tie)
-        weights, groups = [names for names, _ in rows], [group for _, group in rows]
+        limits, rows = problem(module, ctx, self.budget, self.tie, self.extra_bytes)
+        groups = [group for _, group in rows]
         try:
             picks = choose(groups, tuple(limit.capacity for limit in limits))
         except Infeasible as error:
             raise _refusal(error, limits, groups) from error
-        formats = {name: groups[g][pick].name for g, pick in enumerate(picks) for name in weights[g]}
-        return _written(module, formats, ctx.target, self.extra_bytes)
+        return with_formats(module, formats_of(rows, picks), ctx.target, self.extra_bytes)
+
+
+# weights that are decided together, and their choices
+Row = tuple[tuple[str, ...], Group]
+
+
+def problem(
+    module: Module, ctx: Context, budget: str, tie: bool | None, extra_bytes: int
+) -> tuple[list[Limit], list[Row]]:
+    """The limits, and who may get what. The arguments are Allocate's options."""
+    budgets = parse_budgets(budget) if budget else ctx.budgets
+    limits = [limit_of(b, module, ctx.target, extra_bytes) for b in budgets]
+    return limits, _rows(module, ctx.target, limits, ctx.target.tie if tie is None else tie)
+
+
+def formats_of(rows: Sequence[Row], picks: Picks) -> dict[str, str]:
+    """Weight name → format."""
+    return {
+        name: group[pick].name for (names, group), pick in zip(rows, picks, strict=True) for name in names
+    }
 
 
 def weights_with_roles(module: Module) -> dict[str, Weight]:
@@ -142,12 +158,10 @@ def _nanoseconds(seconds: float) -> int:
     return math.ceil(seconds * NANOSECONDS)
 
 
-def _rows(
-    module: Module, target: Target, limits: Sequence[Limit], tie: bool
-) -> list[tuple[tuple[str, ...], Group]]:
+def _rows(module: Module, target: Target, limits: Sequence[Limit], tie: bool) -> list[Row]:
     """Weights that are decided together, and their choices; a tie without a common format is undone."""
     readers = cost.readers(module)
-    rows: list[tuple[tuple[str, ...], Group]] = []
+    rows: list[Row] = []
     for names in tie_groups(module) if tie else [(name,) for name in weights_with_roles(module)]:
         tables = {n: _choices(module.weights[n], readers[n], module, target, limits) for n in names}
         common = [f for f in tables[names[0]] if all(f in table for table in tables.values())]
@@ -221,7 +235,7 @@ def _refusal(error: Infeasible, limits: Sequence[Limit], groups: Sequence[Group]
     )
 
 
-def _written(module: Module, formats: Mapping[str, str], target: Target, extra_bytes: int) -> Module:
+def with_formats(module: Module, formats: Mapping[str, str], target: Target, extra_bytes: int) -> Module:
     """The module with its formats, and what they come to."""
     weights = [module.weights[name].with_attrs(format=formats[name]) for name in formats]
     found = cost.module_cost(module, target, formats, extra_bytes)

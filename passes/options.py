@@ -29,12 +29,13 @@ def parse_passes(text: str, table: Mapping[str, type[Pass]]) -> tuple[Pass, ...]
     return tuple(found)
 
 
-def parse_strategy(text: str, table: Mapping[str, type[Pass]]) -> Pass:
+def parse_strategy(text: str, table: Mapping[str, type[Pass]], what: str = "strategy") -> Pass:
     """One strategy, with or without options. Raises CompileError as `parse_passes` does."""
     match = _PASS.fullmatch(text)
     if not match or match[3]:
-        raise CompileError(f"{text!r} is no strategy", hint='write fisher or "fisher{windows=32}"')
-    return make_pass(match[1].replace("-", "_"), match[2] or "", table, "strategy")
+        name = next(iter(table))
+        raise CompileError(f"{text!r} is no {what}", hint=f'write {name} or "{name}{{windows=32}}"')
+    return make_pass(match[1].replace("-", "_"), match[2] or "", table, what)
 
 
 def make_pass(name: str, options: str, table: Mapping[str, type[Pass]], what: str = "pass") -> Pass:

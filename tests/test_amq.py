@@ -116,7 +116,7 @@ def test_allocate_lands_on_a_design_that_was_measured(
     assert chosen in tried
     assert amq["evaluations"] == len(tried)
     assert amq["payload_bits"] == pytest.approx(allocation["payload_bits"], rel=1e-5)
-    (trial,) = run_trials(module, ctx.store, ctx.calibration.first(2).tokens, [chosen])
+    (trial,) = run_trials(module, ctx.store, ctx.calibration.spread(2).tokens, [chosen])
     assert amq["kl"] == pytest.approx(trial.kl, rel=1e-5)
 
 

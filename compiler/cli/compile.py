@@ -35,7 +35,7 @@ class StrategyOption(click.Option):
     help="3 (payload bits), 3bpw (true bits), 80MB, 12ms/token; several hold together.",
 )
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The artifact's folder.")
-@click.option("--strategy", cls=StrategyOption, default="fisher", show_default=True)
+@click.option("--strategy", cls=StrategyOption, default="gamma", show_default=True)
 @click.option(
     "--inputs",
     type=click.Choice(["full", "quantized"]),

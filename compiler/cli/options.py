@@ -48,6 +48,11 @@ OPTIONS: Final = (
         help="One format for linears that the target fuses (default: as the target says).",
     ),
     click.option(
+        "--refine/--no-refine",
+        default=None,
+        help="Check the allocation end to end and improve it (default: for the strategy gamma).",
+    ),
+    click.option(
         "--calibration",
         type=click.Path(path_type=Path),
         help="Calibration text (default: the one that gammac ships).",
@@ -79,7 +84,7 @@ def request_of(options: Mapping[str, Any], budget: str, seed: int, **chosen: Any
     group = options["group_size"] if options["group_size"] == "channel" else f"g{options['group_size']}"
     suffix = "-sym" if options["symmetric"] else ""
     block = options["formats"] or ",".join(f"w{bits}{group}{suffix}" for bits in (2, 3, 4, 8))
-    same = ("quantizer", "clip", "act_order", "damping", "tie")
+    same = ("quantizer", "clip", "act_order", "damping", "tie", "refine")
     choices = Choices(
         "+".join(block.split(",")),
         "+".join(options["table_formats"].split(",")),

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--strategies",
-    default="fisher,weight_mse",
+    default="gamma,fisher,weight_mse",
     show_default=True,
     help="A curve for each; spelled as --strategy.",
 )

@@ -42,7 +42,7 @@ def grid_noise(weight: Weight, name: str) -> float:
 
 
 def scoring_tokens(strategy: str, windows: int, module: Module, ctx: Context) -> Tensor:
-    """The first calibration windows, i64 [windows, length], for a strategy with a next-token loss.
+    """Calibration windows, evenly spaced, i64 [windows, length], for a strategy with a next-token loss.
 
     Raises CompileError without calibration text, or for an encoder, which has no next token.
     """
@@ -51,7 +51,7 @@ def scoring_tokens(strategy: str, windows: int, module: Module, ctx: Context) ->
             f"{strategy} needs calibration text and a model that predicts the next token",
             hint="use --strategy weight_mse",
         )
-    return ctx.calibration.first(windows).tokens
+    return ctx.calibration.spread(windows).tokens
 
 
 def check_range(strategy: str, option: str, value: float, least: float, most: float = math.inf) -> None:

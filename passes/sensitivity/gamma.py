@@ -1,0 +1,305 @@
+"""Learn how much precision each module needs, once for all budgets (GAMMA, arXiv 2605.18475).
+
+    weight @up : f32[512,192] = sha256:… {role = "block", candidates = {w2g64 = "sha256:…", …}}
+->
+    weight @up : f32[512,192] = sha256:… {role = "block", candidates = {…}, scores = {w2g64 = 0.0125, …}}
+    and the module's attribute `gamma` = {excess_bits = 0.001, price = 0.8}
+
+Block by block against the full-precision model (teacher forcing: a block reads the teacher's state and
+is compared with the teacher's output), each linear is a Gumbel-softmax mixture of its candidates, and one
+augmented Lagrangian holds the average bits of all blocks at the target. `gamma_preferences` has the
+equations. A score is the loss that was learnt, in nats a token, free of the price of bits; so it serves
+every budget. Embedding and head have no other module in their segment: their losses are measured.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final
+
+import torch
+from torch import Tensor
+
+from gammac.cache import key_of
+from gammac.calibration import SegmentWeights, Stream
+from gammac.diagnostics import CompileError
+from gammac.formats import parse_format
+from gammac.ir import Module, Weight, to_text
+from gammac.ir.interpret import Env, Weights
+from gammac.passes.candidates import weights_have_candidates
+from gammac.passes.sensitivity.gamma_interactions import with_interactions
+from gammac.passes.sensitivity.gamma_preferences import Preferences, gumbel_softmax
+from gammac.passes.sensitivity.gamma_teacher import Teacher
+from gammac.passes.sensitivity.scores import (
+    candidate,
+    candidates_of,
+    check_range,
+    rounded,
+    scoring_tokens,
+    weights_have_scores,
+)
+from gammac.pipeline import Context, Invariant, full_options_text
+
+# bits above which a mixture loses so little that nothing is learnt of it
+NOTEWORTHY: Final = 4.0
+# option → the words that it may be
+WORDS: Final[Mapping[str, tuple[str, ...]]] = {
+    "samples": ("soft", "hard"),
+    "normalize": ("fisher", "delta", "output", "none"),
+    "inputs": ("full", "mixed"),
+    "constraint": ("augmented", "penalty"),
+}
+
+
+@dataclass(frozen=True)
+class Gamma:
+    """`windows` of calibration text, `sweeps` over all blocks with `steps` samples a block in each.
+
+    `target`: average bits while learning (0: midway between the narrowest and 4 bits, or the widest). The
+    temperature falls from `hot` to `cold`. `samples`: soft, or hard (straight-through). `normalize`: what
+    a block's error is measured by: fisher ½ (g · Δ)² with the gradient g of the teacher's log-likelihood;
+    delta, output: |Δ|² by what the block adds, or puts out; none. `inputs`: full (teacher forcing) or mixed
+    (what the blocks before it put out in their preferred formats). `constraint`: augmented, or
+    penalty (no multiplier). With each sample the earlier ones fade by `memory`; `penalty` and `growth`
+    are those of `Preferences.settle`. Behind the sweeps, `draws` whole models are run end to end (see
+    `gamma_interactions`); 0 leaves it at teacher forcing.
+    """
+
+    name: ClassVar[str] = "gamma"
+    reads: ClassVar[tuple[str, ...]] = ("calibration", "seed")
+    requires: ClassVar[tuple[Invariant, ...]] = (weights_have_candidates,)
+    ensures: ClassVar[tuple[Invariant, ...]] = (weights_have_scores,)
+    windows: int = 32
+    sweeps: int = 6
+    steps: int = 6
+    target: float = 0.0
+    hot: float = 2.0
+    cold: float = 0.3
+    memory: float = 0.98
+    samples: str = "hard"
+    normalize: str = "fisher"
+    inputs: str = "full"
+    constraint: str = "augmented"
+    penalty: float = 0.1
+    growth: float = 1.5
+    draws: int = 32
+
+    def __post_init__(self) -> None:
+        """Raises CompileError for options that make no sense."""
+        check_range(self.name, "windows", self.windows, 1)
+        check_range(self.name, "sweeps", self.sweeps, 2)
+        check_range(self.name, "steps", self.steps, 1)
+        check_range(self.name, "hot", self.hot, 0.01)
+        check_range(self.name, "cold", self.cold, 0.01)
+        check_range(self.name, "memory", self.memory, 0, 1)
+        check_range(self.name, "penalty", self.penalty, 1e-6)
+        check_range(self.name, "growth", self.growth, 1)
+        check_range(self.name, "draws", self.draws, 0)
+        for option, known in WORDS.items():
+            if getattr(self, option) not in known:
+                raise CompileError(
+                    f"{self.name}: {option}={getattr(self, option)!r}", hint=f"it is {' or '.join(known)}"
+                )
+        if self.draws and self.normalize != "fisher":
+            raise CompileError(
+                f"{self.name}: draws={self.draws} needs losses in nats, normalize={self.normalize} has none",
+                hint="add draws=0, or leave it at fisher",
+            )
+
+    def run(self, module: Module, ctx: Context) -> Module:
+        """Each finished sweep is remembered. Raises CompileError without calibration text or a next token."""
+        tokens = scoring_tokens(self.name, self.windows, module, ctx)
+        teacher = Teacher(module, tokens, ctx)
+        learner = Learner(self, module, teacher, _preferences(self, module), ctx)
+        key = key_of(to_text(module), full_options_text(self), ctx.fingerprint(self.reads))
+        # where every weight has one format there is nothing to learn
+        for sweep in range(self.sweeps if learner.preferences.bits else 0):
+
+            def learn(sweep: int = sweep) -> dict[str, Any]:
+                learner.sweep(sweep)
+                return learner.preferences.state()
+
+            learner.preferences.restore(ctx.cache.record(key_of(key, str(sweep)), learn))
+        alone = learner.losses()
+        if self.draws:
+            alone = with_interactions(alone, module, learner.preferences, self.draws, self.cold, key, ctx)
+        scores = {**_measured(module, teacher, ctx), **alone}
+        found = learner.preferences
+        scored = module.with_weights(
+            *(
+                module.weights[n].with_attrs(scores={f: rounded(x) for f, x in s.items()})
+                for n, s in scores.items()
+            )
+        )
+        if not found.bits:
+            return scored
+        return scored.with_attrs(
+            gamma={"excess_bits": rounded(found.violation), "price": rounded(found.price)}
+        )
+
+
+def _learnt(module: Module) -> dict[str, Weight]:
+    """The weights that have a choice and company: the linears of the blocks."""
+    return {
+        n: w
+        for n, w in module.weights.items()
+        if w.attrs.get("role") == "block" and "candidates" in w.attrs and len(candidates_of(w)) > 1
+    }
+
+
+def _preferences(options: Gamma, module: Module) -> Preferences:
+    """Raises CompileError for a target that no mixture of the candidates has."""
+    weights = _learnt(module)
+    bits = {n: [float(parse_format(f).bits) for f in candidates_of(w)] for n, w in weights.items()}
+    total = sum(w.type.numel() for w in weights.values())
+    shares = {n: w.type.numel() / total for n, w in weights.items()}
+    least = sum(shares[n] * min(b) for n, b in bits.items())
+    most = sum(shares[n] * max(b) for n, b in bits.items())
+    if weights and options.target and not least < options.target < most:
+        raise CompileError(
+            f"{options.name}: target={options.target:g}",
+            hint=f"it is between {least:g} and {most:g}, or 0 for midway",
+        )
+    middle = (least + min(most, max(least + 1, NOTEWORTHY))) / 2
+    target = options.target or middle
+    return Preferences(
+        bits, shares, target, options.memory, options.growth, options.constraint == "augmented"
+    )
+
+
+class Learner:
+    """Sweeps over the blocks: in each, sampled mixtures of its linears' candidates, and their slopes."""
+
+    def __init__(
+        self, options: Gamma, module: Module, teacher: Teacher, preferences: Preferences, ctx: Context
+    ) -> None:
+        self.options, self.module, self.teacher, self.ctx = options, module, teacher, ctx
+        self.preferences = preferences
+
+    def sweep(self, sweep: int) -> None:
+        """Visit each block once, then settle the constraint."""
+        options, last = self.options, max(1, self.options.sweeps - 1)
+        temperature = options.hot * (options.cold / options.hot) ** (sweep / last)
+        student = self.teacher.fresh_stream() if options.inputs == "mixed" else self.teacher.stream
+        title = f"gamma, sweep {sweep + 1} of {options.sweeps}"
+        for index in self.ctx.progress(range(len(self.teacher.segments) - 1), title):
+            self._visit(sweep, index, temperature, student)
+        self.preferences.settle(temperature, options.penalty)
+
+    def _visit(self, sweep: int, index: int, temperature: float, student: Stream) -> None:
+        weights = SegmentWeights(self.module, self.ctx.store)
+        names = [n for n in self.teacher.weights_of(index) if n in self.preferences.bits]
+        deltas = {n: self._deltas(n, weights(n)) for n in names}
+        generator = torch.Generator().manual_seed((self.ctx.seed * 7919 + sweep) * 7919 + index)
+        for step in range(self.options.steps if names else 0):
+            batch = (sweep * self.options.steps + step) % self.teacher.batches
+            mixes = {
+                n: gumbel_softmax(self.preferences.logits(n), temperature, generator, self._hard)
+                for n in names
+            }
+            self._learn(index, batch, weights, deltas, mixes, student)
+        if student is not self.teacher.stream:
+            preferred = {n: deltas[n][int(self.preferences.logits(n).argmax())] for n in names}
+            self.teacher.advance(
+                index, student, lambda n: weights(n) + preferred[n] if n in preferred else weights(n)
+            )
+
+    @property
+    def _hard(self) -> bool:
+        return self.options.samples == "hard"
+
+    def _deltas(self, name: str, full: Tensor) -> Tensor:
+        """W_b − W for each candidate, f32 [formats, rows, columns]."""
+        weight = self.module.weights[name]
+        return torch.stack([candidate(weight, f, self.ctx) - full for f in candidates_of(weight)])
+
+    def _learn(
+        self, index: int, batch: int, weights: SegmentWeights, deltas: Mapping[str, Tensor],
+        mixes: Mapping[str, Tensor], student: Stream,
+    ) -> None:  # fmt: skip
+        """One sample: the loss of a mixture, and its slope towards each candidate of each linear."""
+        mixed = {
+            n: (weights(n) + torch.tensordot(p.float(), deltas[n], 1)).requires_grad_()
+            for n, p in mixes.items()
+        }
+        out = self.teacher.run(index, batch, student, lambda n: mixed[n] if n in mixed else weights(n))
+        loss = block_loss(self.options.normalize, self.teacher, index, batch, out)
+        gradients = torch.autograd.grad(loss, list(mixed.values()))
+        for (name, p), gradient in zip(mixes.items(), gradients, strict=True):
+            slope = torch.einsum("bij,ij->b", deltas[name], gradient).double()
+            self.preferences.lines[name].add(p, slope, self.options.memory)
+
+    def losses(self) -> dict[str, dict[str, float]]:
+        """Weight name → format name → what was learnt."""
+        return {
+            n: dict(
+                zip(
+                    candidates_of(w), map(float, self.preferences.lines[n].losses().clamp(min=0)), strict=True
+                )
+            )
+            for n, w in _learnt(self.module).items()
+        }
+
+
+def block_loss(normalize: str, teacher: Teacher, index: int, batch: int, out: Env) -> Tensor:
+    """How far a block's output is from the teacher's; a scalar, in nats a token if `normalize` is fisher."""
+    wanted, gradients = teacher.puts_out(index, batch), teacher.gradients(index, batch)
+    errors = {v: out[v] - wanted[v] for v in gradients}
+    if normalize == "fisher":
+        by_token = sum((errors[v] * gradients[v]).sum(-1) for v in gradients)
+        assert isinstance(by_token, Tensor)
+        return 0.5 * by_token.square().mean()
+    error = torch.stack([e.square().sum() for e in errors.values()]).sum()
+    if normalize == "none":
+        return error / teacher.tokens.numel() * teacher.batches
+    before = teacher.reads(index, batch)
+    size = 0.0
+    for v in gradients:
+        same = [x for u, x in before.items() if u.type == v.type] if normalize == "delta" else []
+        size += float((wanted[v] - (same[0] if same else 0.0)).square().sum())
+    return error / max(size, 1e-30)
+
+
+def _measured(module: Module, teacher: Teacher, ctx: Context) -> dict[str, dict[str, float]]:
+    """Losses of the weights that are not learnt, each alone: of embedding and head, in nats a token.
+
+    A weight that two segments read, as a tied embedding is, loses in both.
+    """
+    found: dict[str, dict[str, float]] = {
+        n: dict.fromkeys(candidates_of(w), 0.0)
+        for n, w in module.weights.items()
+        if "candidates" in w.attrs and n not in _learnt(module)
+    }
+    last = len(teacher.segments) - 1
+    for index in ctx.progress((0, last), "gamma (embedding and head)"):
+        weights = SegmentWeights(module, ctx.store)
+        for name in (n for n in teacher.weights_of(index) if n in found):
+            tried = {f: candidate(module.weights[name], f, ctx) for f in found[name]}
+            for batch in range(teacher.batches):
+                for format_, loss in _tried(teacher, index, batch, weights, name, tried).items():
+                    found[name][format_] += loss / teacher.batches
+    return found
+
+
+def _tried(
+    teacher: Teacher, index: int, batch: int, weights: SegmentWeights, name: str, tried: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """Format name → the loss of one batch with one weight replaced."""
+    with torch.no_grad():
+        if index + 1 < len(teacher.segments):
+            return {
+                f: float(
+                    block_loss("fisher", teacher, index, batch, teacher.run(index, batch, teacher.stream, w))
+                )
+                for f, w in ((f, _replaced(weights, name, t)) for f, t in tried.items())
+            }
+        log_p = teacher.log_p(batch, weights)
+        return {
+            f: float(
+                (log_p.exp() * (log_p - teacher.log_p(batch, _replaced(weights, name, t)))).sum(-1).mean()
+            )
+            for f, t in tried.items()
+        }
+
+
+def _replaced(weights: Weights, name: str, tensor: Tensor) -> Weights:
+    return lambda n: tensor if n == name else weights(n)

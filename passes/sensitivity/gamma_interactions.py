@@ -1,0 +1,78 @@
+"""What modules do to each other's losses across blocks: allocations drawn by preference, run end to end.
+
+Teacher forcing learns ℓ(b), what a module loses in a block whose input is exact. Here whole models are
+drawn, each runs on a few calibration windows, and one gradient of its KL divergence gives for every module
+and format the slope ⟨∂KL/∂W, W_b − W⟩ from the full-precision W. The module's own curvature, 2 ℓ(b)
+where b is in place, is known; the rest is what the errors of all others make of its own:
+
+    I(b) = mean over draws z of ⟨∂KL/∂W, W_b − W⟩ − 2 ℓ(b) [z = b]
+
+Among the others a module loses ℓ(b) + I(b). An I(b) counts as far as it stands out of its noise: it is
+multiplied by 1 − (its standard error / itself)², or by 0 (James and Stein's estimator, positive part).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from gammac.cache import key_of
+from gammac.calibration import BATCH_WINDOWS
+from gammac.ir import Module
+from gammac.passes.kl_gradient import FULL, KlGradient
+from gammac.passes.sensitivity.gamma_preferences import Preferences, gumbel_softmax
+from gammac.passes.sensitivity.scores import candidates_of, scoring_tokens
+from gammac.pipeline import Context
+from gammac.progress import no_progress
+
+Losses = Mapping[str, Mapping[str, float]]
+
+
+def with_interactions(
+    losses: Losses, module: Module, preferences: Preferences, draws: int, temperature: float, key: str,
+    ctx: Context,
+) -> dict[str, dict[str, float]]:  # fmt: skip
+    """Weight name → format name → ℓ + I, not below zero. Each finished draw is remembered under `key`."""
+    tokens = torch.split(scoring_tokens("gamma", draws * BATCH_WINDOWS, module, ctx), BATCH_WINDOWS)
+    generator = torch.Generator().manual_seed(ctx.seed)
+    quiet = replace(ctx, progress=no_progress)
+    found: dict[str, dict[str, list[float]]] = {n: {f: [] for f in own} for n, own in losses.items()}
+    for draw in ctx.progress(range(draws), "gamma (drawn models)"):
+        formats = _drawn(module, preferences, temperature, generator)
+        windows = tokens[draw % len(tokens)]
+
+        def measure(formats: Mapping[str, str] = formats, windows: torch.Tensor = windows) -> dict[str, Any]:
+            return KlGradient(module, windows, quiet).measure(formats, "", below=math.inf)[1]
+
+        slopes = ctx.cache.record(key_of(key, "draw", str(draw)), measure)
+        for name, own in found.items():
+            for format_, values in own.items():
+                known = 2 * losses[name][format_] if formats[name] == format_ else 0.0
+                values.append(slopes[name][format_] - slopes[name][FULL] - known)
+    return {
+        n: {f: max(0.0, losses[n][f] + shrunk(values)) for f, values in own.items()}
+        for n, own in found.items()
+    }
+
+
+def _drawn(
+    module: Module, preferences: Preferences, temperature: float, generator: torch.Generator
+) -> dict[str, str]:
+    """Weight name → format, by chance."""
+    found = {}
+    for name in preferences.bits:
+        mix = gumbel_softmax(preferences.logits(name), temperature, generator, hard=True)
+        found[name] = list(candidates_of(module.weights[name]))[int(mix.argmax())]
+    return found
+
+
+def shrunk(values: list[float]) -> float:
+    """The mean, as far as it stands out of its noise; nothing where there are less than two values."""
+    count = len(values)
+    mean = math.fsum(values) / max(count, 1)
+    if count < 2 or not mean:
+        return 0.0
+    noise = math.fsum((v - mean) ** 2 for v in values) / (count - 1) / count
+    return mean * max(0.0, 1 - noise / mean**2)
