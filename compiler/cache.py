@@ -63,7 +63,7 @@ class PassCache:
             found: dict[str, Any] = json.loads(path.read_text())
         except (OSError, ValueError):
             found = compute()
-            write_atomically(path, json.dumps(found, sort_keys=True).encode())
+            write_atomically(path, json.dumps(found).encode())
         return found
 
     def has_record(self, key: str) -> bool:

@@ -20,7 +20,8 @@ from gammac.ir import Module, to_text
 from gammac.models_zoo.fetch import default_cache, fetch
 from gammac.models_zoo.registry import MODELS
 from gammac.models_zoo.texts import default_calibration_text
-from gammac.passes import Choices, default_pipeline, strategy_of
+from gammac.passes import Choices, default_pipeline, refine_of, strategy_of
+from gammac.passes.refine import Refine
 from gammac.passes.sensitivity import NEED_NEXT_TOKEN
 from gammac.pipeline import Context, Observer, Pipeline, Step
 from gammac.progress import Progress, no_progress
@@ -120,11 +121,11 @@ def make_plan(request: Request, cache: Path | None = None) -> Plan:
     folder = cache or default_cache()
     store = WeightStore(folder / "weights")
     module = capture(source, store)
-    strategy = strategy_of(request.choices).name
-    if module.attrs.get("kind") == "encoder" and strategy in NEED_NEXT_TOKEN:
+    wanted = (strategy_of(request.choices), *refine_of(request.choices))
+    needy = [p.name for p in wanted if p.name in NEED_NEXT_TOKEN or isinstance(p, Refine)]
+    if module.attrs.get("kind") == "encoder" and needy:
         raise CompileError(
-            f"{source.name} is an encoder: the strategy {strategy} needs a next token",
-            hint="use --strategy weight_mse",
+            f"{source.name} is an encoder: {needy[0]} needs a next token", hint="use --strategy weight_mse"
         )
     seconds = time.perf_counter() - started
     passes = PassCache(folder / "passes")

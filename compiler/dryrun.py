@@ -104,8 +104,8 @@ def scoring_work(strategy: Pass, weights: int, formats: int) -> tuple[int, int]:
     """
     match strategy:
         case Gamma():
-            learnt = strategy.sweeps * strategy.steps * BATCH_WINDOWS
-            return strategy.windows, 4 + 4 * learnt // strategy.windows
+            products = BATCH_WINDOWS * (4 * strategy.sweeps * strategy.steps + 6 * strategy.draws)
+            return strategy.windows, 4 + products // strategy.windows
         case Fisher():
             return strategy.windows, 3 + formats
         case DeltaLoss():

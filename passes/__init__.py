@@ -68,7 +68,7 @@ def refine_of(choices: Choices, extra_bytes: int = 0) -> tuple[Refine, ...]:
     text = said if plus else Refine.name
     refine = parse_strategy(text, {Refine.name: Refine}, "step behind the allocation")
     assert isinstance(refine, Refine)
-    return (replace(refine, tie=choices.tie, extra_bytes=extra_bytes),)
+    return (replace(refine, budget="", tie=choices.tie, extra_bytes=extra_bytes),)
 
 
 def default_pipeline(

@@ -16,17 +16,19 @@ budgets, and keeps them if the KL really falls. The number of rounds bounds the 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Final
 
 from gammac.diagnostics import CompileError
 from gammac.ir import Module
 from gammac.passes.allocate import Limit, Row, formats_of, problem, with_formats
-from gammac.passes.allocation_search import Infeasible, choose
+from gammac.passes.allocation_search import Infeasible, choose, upgraded
 from gammac.passes.candidates import weights_have_candidates
 from gammac.passes.kl_gradient import Formats, KlGradient, Slopes
 from gammac.passes.quantize import weights_have_formats
 from gammac.passes.sensitivity.scores import check_range, rounded, scoring_tokens, weights_have_scores
 from gammac.pipeline import Context, Invariant
+
+SWAP: Final = 2  # decisions: with a single one nothing gets wider where a budget is used up
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,13 @@ class Refine:
 
     def run(self, module: Module, ctx: Context) -> Module:
         """Raises CompileError without calibration text, or for an encoder, which has no next token."""
+        if not self.budget and not ctx.budgets:
+            raise CompileError("refine needs the allocation's budget", hint="write refine{budget=3}")
         gradient = KlGradient(module, scoring_tokens(self.name, self.windows, module, ctx), ctx)
         limits, rows = problem(module, ctx, self.budget, self.tie, self.extra_bytes)
         formats = {name: str(module.weights[name].attrs["format"]) for names, _ in rows for name in names}
         first, slopes = gradient.measure(formats, "refining", below=math.inf)
-        best, kl, moves = formats, first, max(1, round(self.share * len(rows)))
+        best, kl, moves = formats, first, max(SWAP, round(self.share * len(rows)))
         for round_ in range(1, self.rounds + 1):
             proposal = _proposal(best, _predicted(module, best, kl, slopes), rows, limits, moves)
             if proposal == best:
@@ -73,7 +77,7 @@ class Refine:
             if found < kl:
                 best, kl, slopes = proposal, found, next_slopes
             else:
-                moves = max(1, moves // 4)
+                moves = max(SWAP, moves // 4)
         refined = with_formats(module, best, ctx.target, self.extra_bytes)
         changed = sum(best[name] != formats[name] for name in formats)
         found_out = {"kl_before": rounded(first), "kl_after": rounded(kl), "changed": changed}
@@ -107,8 +111,10 @@ def _proposal(
 ) -> dict[str, str]:
     """The formats with the least predicted KL, at most so many decisions away, within the limits.
 
+    What that leaves of the limits is used up by the scores: no upgrade that still fits is left.
     Raises CompileError where `formats` are not within them, and can't be with so few changes.
     """
+    capacities = tuple(limit.capacity for limit in limits)
     groups = []
     for names, group in rows:
         now = formats[names[0]]
@@ -123,10 +129,10 @@ def _proposal(
             )
         )
     try:
-        picks = choose(groups, (*(limit.capacity for limit in limits), moves))
+        picks = choose(groups, (*capacities, moves))
     except Infeasible as error:
         raise CompileError(
             "refine: the allocation is not within the budgets",
             hint="give refine the budget, tie and extra_bytes of allocate",
         ) from error
-    return formats_of(rows, picks)
+    return formats_of(rows, upgraded([group for _, group in rows], picks, capacities))

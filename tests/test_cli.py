@@ -101,17 +101,19 @@ def test_every_pass_left_a_dump_that_can_be_resumed(gammac: Run, artifact: Path,
     dumps = sorted((artifact.parent / "ir").glob("*.gir"))
     assert [p.stem.split("-", 1)[1] for p in dumps] == [
         "fold_constants", "raise_patterns", "insert_kv_cache", "keep_precision", "collect_grams",
-        "candidates", "fisher", "allocate", "quantize", "legalize_onnx",
+        "candidates", "gamma", "allocate", "refine", "quantize", "legalize_onnx",
     ]  # fmt: skip
     for path in dumps:
         assert to_text(parse(path.read_text(), str(path))) == path.read_text()
     out = tmp_path / "again.gir"
-    result = gammac("opt", dumps[6], "-p", "allocate{budget=3},quantize,legalize_onnx", "-o", out)
-    assert result.exit_code == 0, result.output
-    weights = [
-        {n: w.digest for n, w in parse(p.read_text()).weights.items()} for p in (out, dumps[-1])
-    ]  # fmt: skip
-    assert weights[0] == weights[1]
+    for first, passes, last in (6, "allocate{budget=3}", 7), (8, "quantize,legalize_onnx", -1):
+        result = gammac("opt", dumps[first], "-p", passes, "-o", out)
+        assert result.exit_code == 0, result.output
+        again, before = (parse(p.read_text()).weights for p in (out, dumps[last]))
+        assert {n: w.digest for n, w in again.items()} == {n: w.digest for n, w in before.items()}
+        assert {n: w.attrs.get("format") for n, w in again.items()} == {
+            n: w.attrs.get("format") for n, w in before.items()
+        }
 
 
 def test_diff_shows_what_a_pass_changed(gammac: Run, artifact: Path) -> None:
@@ -126,7 +128,7 @@ def test_diff_shows_what_a_pass_changed(gammac: Run, artifact: Path) -> None:
 def test_inspect_shows_an_artifact_a_dump_and_one_weight(gammac: Run, artifact: Path) -> None:
     shown = gammac("inspect", artifact)
     assert "MatMul" not in shown.stdout and "gqa" in shown.stdout and "payload 3.000" in shown.stdout
-    dump = next((artifact.parent / "ir").glob("*fisher.gir"))
+    dump = next((artifact.parent / "ir").glob("*gamma.gir"))
     assert "@prefill" in gammac("inspect", dump).stdout
     one = gammac("inspect", dump, "--weight", "layers.0.mlp.up_proj")
     assert "scores = {w2g64" in one.stdout and "it has no format yet" in one.stdout
@@ -161,7 +163,7 @@ def test_another_budget_starts_at_the_allocation(gammac: Run, artifact: Path, tm
         for line in result.stdout.splitlines()
         if "│" in line
     }
-    assert cached["fisher"] and cached["candidates"] and not cached["allocate"]
+    assert cached["gamma"] and cached["candidates"] and not cached["allocate"]
     manifest = json.loads((tmp_path / "b" / "manifest.json").read_text())
     assert 2.4 < manifest["payload_bits"] <= 2.5
 

@@ -30,7 +30,7 @@ from gammac.passes.sensitivity.gamma import Gamma, block_loss
 from gammac.passes.sensitivity.gamma_interactions import shrunk
 from gammac.passes.sensitivity.gamma_preferences import Lines, Preferences, gumbel_softmax
 from gammac.passes.sensitivity.gamma_teacher import Teacher
-from gammac.passes.sensitivity.scores import candidate, candidates_of
+from gammac.passes.sensitivity.scores import candidate, candidates_of, falling
 from gammac.pipeline import Context, Pipeline
 from gammac.progress import no_progress
 from gammac.targets.target import load_target
@@ -459,6 +459,7 @@ def test_interactions_are_what_they_say(
 ) -> None:
     """ℓ and the mean of: the slope from full precision, less 2 ℓ where the format is drawn."""
     module, ctx = small
+    monkeypatch.setattr("gammac.passes.sensitivity.gamma.falling", dict)
     alone = scores_of(Gamma(**QUICK).run(module, ctx))
     seen: list[tuple[dict[str, str], Slopes]] = []
     original = KlGradient.measure
@@ -596,3 +597,16 @@ def test_a_next_token_is_needed(small: tuple[Module, Context]) -> None:
     ):
         with pytest.raises(CompileError, match="gamma needs calibration text and a model that predicts"):
             Gamma().run(*wrong)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({"w2g64": 3.0, "w3g64": 1.0, "w4g64": 2.0}, {"w2g64": 3.0, "w3g64": 1.5, "w4g64": 1.5}),
+        ({"w4g64": 3.0, "w2g64": 1.0, "w3g64": 2.0}, {"w4g64": 2.0, "w2g64": 2.0, "w3g64": 2.0}),
+        ({"w3g128": 2.0, "w3g64": 1.0}, {"w3g128": 2.0, "w3g64": 1.0}),
+        ({"w8g64": 0.0}, {"w8g64": 0.0}),
+    ],
+)
+def test_scores_that_rise_with_the_bits_are_pooled(given: dict[str, float], wanted: dict[str, float]) -> None:
+    assert falling(given) == wanted and list(falling(given)) == list(given)

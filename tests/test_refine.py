@@ -17,7 +17,8 @@ from gammac.formats import load_float, parse_format
 from gammac.ir import Module, to_text
 from gammac.ir.interpret import run
 from gammac.passes import PASSES, Choices, default_pipeline, refine_of, strategy_of
-from gammac.passes.allocate import Allocate, tie_groups
+from gammac.passes.allocate import Allocate, problem, tie_groups
+from gammac.passes.allocation_search import upgraded
 from gammac.passes.candidates import Candidates
 from gammac.passes.kl_gradient import FULL, KlGradient
 from gammac.passes.options import parse_passes
@@ -164,6 +165,11 @@ def test_budgets_and_ties_are_kept_and_the_kl_never_rises(
     }
     assert all(taken[b.kind] <= b.value for b in parse_budgets(budget))
     assert not tie or all(len({after[n] for n in names}) == 1 for names in tie_groups(module))
+    limits, rows = problem(refined, ctx, budget, tie, 0)
+    groups = [group for _, group in rows]
+    picks = tuple(next(i for i, c in enumerate(g) if c.name == after[names[0]]) for names, g in rows)
+    if found["changed"]:
+        assert upgraded(groups, picks, tuple(limit.capacity for limit in limits)) == picks, "an upgrade fits"
     # what allocate says of its choice is said of the refined one
     allocation: Any = refined.attrs["allocation"]
     assert allocation["payload_bits"] == round(costs.payload_bits, 6) and allocation["bytes"] == costs.bytes

@@ -12,8 +12,9 @@ equations. A score is the loss that was learnt, in nats a token, free of the pri
 every budget. Embedding and head have no other module in their segment: their losses are measured.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, ClassVar, Final
 
 import torch
@@ -27,12 +28,13 @@ from gammac.ir import Module, Weight, to_text
 from gammac.ir.interpret import Env, Weights
 from gammac.passes.candidates import weights_have_candidates
 from gammac.passes.sensitivity.gamma_interactions import with_interactions
-from gammac.passes.sensitivity.gamma_preferences import Preferences, gumbel_softmax
+from gammac.passes.sensitivity.gamma_preferences import Preferences
 from gammac.passes.sensitivity.gamma_teacher import Teacher
 from gammac.passes.sensitivity.scores import (
     candidate,
     candidates_of,
     check_range,
+    falling,
     rounded,
     scoring_tokens,
     weights_have_scores,
@@ -108,9 +110,10 @@ class Gamma:
     def run(self, module: Module, ctx: Context) -> Module:
         """Each finished sweep is remembered. Raises CompileError without calibration text or a next token."""
         tokens = scoring_tokens(self.name, self.windows, module, ctx)
-        teacher = Teacher(module, tokens, ctx)
+        # called in only where something is still to be learnt
+        teacher = cache(lambda: Teacher(module, tokens, ctx))
         learner = Learner(self, module, teacher, _preferences(self, module), ctx)
-        key = key_of(to_text(module), full_options_text(self), ctx.fingerprint(self.reads))
+        key = key_of(to_text(module), full_options_text(replace(self, draws=0)), ctx.fingerprint(self.reads))
         # where every weight has one format there is nothing to learn
         for sweep in range(self.sweeps if learner.preferences.bits else 0):
 
@@ -120,13 +123,14 @@ class Gamma:
 
             learner.preferences.restore(ctx.cache.record(key_of(key, str(sweep)), learn))
         alone = learner.losses()
-        if self.draws:
+        if self.draws and alone:
             alone = with_interactions(alone, module, learner.preferences, self.draws, self.cold, key, ctx)
-        scores = {**_measured(module, teacher, ctx), **alone}
+        tables = ctx.cache.record(key_of(key, "tables"), lambda: _measured(module, teacher(), ctx))
+        scores = {**tables, **alone}
         found = learner.preferences
         scored = module.with_weights(
             *(
-                module.weights[n].with_attrs(scores={f: rounded(x) for f, x in s.items()})
+                module.weights[n].with_attrs(scores={f: rounded(x) for f, x in falling(s).items()})
                 for n, s in scores.items()
             )
         )
@@ -170,10 +174,16 @@ class Learner:
     """Sweeps over the blocks: in each, sampled mixtures of its linears' candidates, and their slopes."""
 
     def __init__(
-        self, options: Gamma, module: Module, teacher: Teacher, preferences: Preferences, ctx: Context
-    ) -> None:
-        self.options, self.module, self.teacher, self.ctx = options, module, teacher, ctx
-        self.preferences = preferences
+        self, options: Gamma, module: Module, teacher: Callable[[], Teacher], preferences: Preferences,
+        ctx: Context,
+    ) -> None:  # fmt: skip
+        self.options, self.module, self.preferences, self.ctx = options, module, preferences, ctx
+        self._teacher = teacher
+
+    @property
+    def teacher(self) -> Teacher:
+        """The full-precision model."""
+        return self._teacher()
 
     def sweep(self, sweep: int) -> None:
         """Visit each block once, then settle the constraint."""
@@ -192,10 +202,7 @@ class Learner:
         generator = torch.Generator().manual_seed((self.ctx.seed * 7919 + sweep) * 7919 + index)
         for step in range(self.options.steps if names else 0):
             batch = (sweep * self.options.steps + step) % self.teacher.batches
-            mixes = {
-                n: gumbel_softmax(self.preferences.logits(n), temperature, generator, self._hard)
-                for n in names
-            }
+            mixes = {n: self.preferences.sample(n, temperature, generator, self._hard) for n in names}
             self._learn(index, batch, weights, deltas, mixes, student)
         if student is not self.teacher.stream:
             preferred = {n: deltas[n][int(self.preferences.logits(n).argmax())] for n in names}
@@ -270,7 +277,7 @@ def _measured(module: Module, teacher: Teacher, ctx: Context) -> dict[str, dict[
         if "candidates" in w.attrs and n not in _learnt(module)
     }
     last = len(teacher.segments) - 1
-    for index in ctx.progress((0, last), "gamma (embedding and head)"):
+    for index in ctx.progress(tuple(dict.fromkeys((0, last))), "gamma (embedding and head)"):
         weights = SegmentWeights(module, ctx.store)
         for name in (n for n in teacher.weights_of(index) if n in found):
             tried = {f: candidate(module.weights[name], f, ctx) for f in found[name]}

@@ -22,7 +22,7 @@ from gammac.cache import key_of
 from gammac.calibration import BATCH_WINDOWS
 from gammac.ir import Module
 from gammac.passes.kl_gradient import FULL, KlGradient
-from gammac.passes.sensitivity.gamma_preferences import Preferences, gumbel_softmax
+from gammac.passes.sensitivity.gamma_preferences import Preferences
 from gammac.passes.sensitivity.scores import candidates_of, scoring_tokens
 from gammac.pipeline import Context
 from gammac.progress import no_progress
@@ -46,7 +46,7 @@ def with_interactions(
         def measure(formats: Mapping[str, str] = formats, windows: torch.Tensor = windows) -> dict[str, Any]:
             return KlGradient(module, windows, quiet).measure(formats, "", below=math.inf)[1]
 
-        slopes = ctx.cache.record(key_of(key, "draw", str(draw)), measure)
+        slopes = ctx.cache.record(key_of(key, "draw", f"{draw} of {draws}"), measure)
         for name, own in found.items():
             for format_, values in own.items():
                 known = 2 * losses[name][format_] if formats[name] == format_ else 0.0
@@ -63,7 +63,7 @@ def _drawn(
     """Weight name → format, by chance."""
     found = {}
     for name in preferences.bits:
-        mix = gumbel_softmax(preferences.logits(name), temperature, generator, hard=True)
+        mix = preferences.sample(name, temperature, generator, hard=True)
         found[name] = list(candidates_of(module.weights[name]))[int(mix.argmax())]
     return found
 

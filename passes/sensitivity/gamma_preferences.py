@@ -6,7 +6,7 @@ them. Each sampled mixture p lands somewhere on that way. A line through the slo
 read off in the middle, is the whole way's sum (the trapezoidal rule); mixtures that average errors away
 lie on that line too, so they do not flatter a format. From the losses
 
-    θ_b = −(ℓ(b) + μ n b) / unit       p = softmax((θ + Gumbel noise) / τ)       π = softmax(θ / τ)
+    θ_b = −(ℓ(b) + μ n b) / unit       π = softmax(θ / τ)       p: a Gumbel-softmax sample of π
 
 with n the module's share of the weights and μ = λ + ρ h the price of a bit: multiplier and penalty of an
 augmented Lagrangian for h = Σ n b π − target = 0. Where losses stand still, π minimises the expected loss
@@ -24,10 +24,11 @@ from torch import Tensor
 
 SHRUNK: Final = 0.75  # the penalty grows where the violation did not shrink to this share
 HALVINGS: Final = 200
+RELAXATION: Final = 1.0  # of soft samples; how sharp the chances are is the temperature's business
 
 
 def gumbel_softmax(logits: Tensor, temperature: float, generator: torch.Generator, hard: bool) -> Tensor:
-    """A relaxed one-hot sample [formats] of softmax(logits / temperature) (Jang et al. 2017, eq. 2).
+    """A one-hot sample [formats] of softmax(logits), relaxed by the temperature (Jang et al. 2017, eq. 2).
 
     `hard`: forwards it is one-hot, backwards it has the soft sample's gradient (straight-through).
     """
@@ -96,6 +97,10 @@ class Preferences:
         price = self.price if price is None else price
         cost = price * self.shares[name] * torch.tensor(self.bits[name], dtype=torch.float64)
         return -(self.lines[name].losses() + cost) / self.unit
+
+    def sample(self, name: str, temperature: float, generator: torch.Generator, hard: bool) -> Tensor:
+        """A mixture p of a module's formats, [formats]; `hard`: one of them, each as often as π says."""
+        return gumbel_softmax(self.logits(name) / temperature, RELAXATION, generator, hard)
 
     def excess(self, temperature: float, price: float | None = None) -> float:
         """h: the expected average bits, less the target."""

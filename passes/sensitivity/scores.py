@@ -1,7 +1,8 @@
 """What strategies share: reading candidates and calibration text, and the invariant that scores are there."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Final
 
 from torch import Tensor
 
@@ -9,6 +10,8 @@ from gammac.diagnostics import CompileError, Diagnostic
 from gammac.formats import Quantized, load_float, parse_format
 from gammac.ir import Module, Weight
 from gammac.pipeline import Context
+
+LONG_ROW: Final = 4096  # columns; to compare what formats store
 
 
 def weights_have_scores(module: Module) -> Iterator[Diagnostic]:
@@ -59,6 +62,24 @@ def check_range(strategy: str, option: str, value: float, least: float, most: fl
     if not least <= value <= most:
         limits = f"at least {least:g}" + (f" and at most {most:g}" if math.isfinite(most) else "")
         raise CompileError(f"{strategy}: {option}={value}", hint=f"{option} is {limits}")
+
+
+def falling(scores: Mapping[str, float]) -> dict[str, float]:
+    """The scores nearest to these (least squares) that do not rise with the bits that a format stores.
+
+    More bits lose no more than less do: where an estimate says so, it is noise, and the formats
+    concerned share their mean (isotonic regression by pooling adjacent violators).
+    """
+    pools: list[tuple[list[str], float]] = []
+    for name in sorted(scores, key=lambda f: parse_format(f).storage_bits(1, LONG_ROW)):
+        names, mean = [name], scores[name]
+        while pools and pools[-1][1] < mean:
+            before, other = pools.pop()
+            mean = (mean * len(names) + other * len(before)) / (len(names) + len(before))
+            names = before + names
+        pools.append((names, mean))
+    found = {name: mean for names, mean in pools for name in names}
+    return {name: found[name] for name in scores}
 
 
 def rounded(score: float) -> float:
