@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gammac.formats import load_float
 from gammac.ir import Function, Module, Op, Value, WeightRef
-from gammac.ir.interpret import Env, bind, run_ops
+from gammac.ir.interpret import Env, Weights, bind, run_ops
 from gammac.progress import Progress
 from gammac.weights import WeightStore
 
@@ -269,7 +269,7 @@ def backward_segments(
                 if arriving and flowing is not None:
                     arriving(index, batch, flowing)
                 env = stream.load(index, batch)
-                found, gradients[batch] = _backward(segment, env, stream, batch, loss, weights, flowing)
+                found, gradients[batch] = backward(segment, env, stream, batch, loss, weights, flowing)
                 yield from found
 
         yield segment, weights, batches()
@@ -277,8 +277,8 @@ def backward_segments(
             stream.forget(index)
 
 
-def _backward(
-    segment: Segment, env: Env, stream: Stream, batch: int, loss: Loss, weights: SegmentWeights,
+def backward(
+    segment: Segment, env: Env, stream: Stream, batch: int, loss: Loss, weights: Weights,
     gradients: dict[Value, Tensor] | None,
 ) -> tuple[list[LinearGradient], dict[Value, Tensor]]:  # fmt: skip
     """Gradients at the outputs of a segment's linears, and at the values that flow into it.
@@ -312,7 +312,7 @@ def _backward(
     return per_linear, {v: g for v, g in before if g is not None}
 
 
-def _tracked(weights: SegmentWeights, linears: list[Op]) -> Callable[[str], Tensor]:
+def _tracked(weights: Weights, linears: list[Op]) -> Callable[[str], Tensor]:
     """Weights as they are, but embeddings must take part in autograd: ids carry no gradient."""
     tables = {
         o.name for op in linears if op.name == "embedding" for o in op.operands if isinstance(o, WeightRef)

@@ -19,7 +19,7 @@ from gammac.calibration import inputs_of, segments
 from gammac.diagnostics import CompileError
 from gammac.formats import Quantized, load_float, parse_format
 from gammac.ir import Module, TensorType, Value, Weight, WeightRef
-from gammac.ir.interpret import Env, bind, run_ops
+from gammac.ir.interpret import Env, Weights, bind, run_ops
 from gammac.ir.types import BYTES, evaluate
 from gammac.progress import Progress, no_progress
 from gammac.weights import WeightStore
@@ -99,7 +99,7 @@ class _Chunk:
     batches: range
 
 
-class _TriedWeights:
+class FormatWeights:
     """One segment's weights, each loaded once in each format; "" is full precision."""
 
     def __init__(self, module: Module, store: WeightStore) -> None:
@@ -111,6 +111,10 @@ class _TriedWeights:
         if (name, format_) not in self.loaded:
             self.loaded[name, format_] = self._load(self.module.weights[name], format_)
         return self.loaded[name, format_]
+
+    def allocated(self, assignment: Assignment) -> Weights:
+        """The weights in their formats."""
+        return lambda name: self.get(name, assignment.get(name, ""))
 
     def _load(self, weight: Weight, format_: str) -> Tensor:
         if not format_:
@@ -167,7 +171,7 @@ class _Trials:
 
         Behind the last segment the paths are compared with the reference, and no state is left.
         """
-        weights = _TriedWeights(self.module, self.store)
+        weights = FormatWeights(self.module, self.store)
         if index + 1 == len(self.segments):
             self._compare(chunk, states, weights)
             return {}
@@ -182,7 +186,7 @@ class _Trials:
                 ]
         return behind
 
-    def _run(self, path: Path, state: Env, batch: int, weights: _TriedWeights) -> Env:
+    def _run(self, path: Path, state: Env, batch: int, weights: FormatWeights) -> Env:
         """What the path's last segment leaves to the next one; the logits behind the last."""
         index, formats = len(path) - 1, dict(path[-1])
         last = index + 1 == len(self.segments)
@@ -195,7 +199,7 @@ class _Trials:
             )  # fmt: skip
         return {value: env[value] for value in keep}
 
-    def _compare(self, chunk: _Chunk, states: States, weights: _TriedWeights) -> None:
+    def _compare(self, chunk: _Chunk, states: States, weights: FormatWeights) -> None:
         for place, batch in enumerate(chunk.batches):
             targets = [rows for window in self.batches[batch] for rows in window[1:].split(ROWS)]
 
@@ -204,9 +208,10 @@ class _Trials:
                 return _rows(self._run(path, state, batch, weights)[self.logits])
 
             log_p = [rows.log_softmax(-1) for rows in logits(self.reference)]
+            chances = [rows.exp() for rows in log_p]
             for path in chunk.tried:
                 log_q = log_p if path == self.reference else (r.log_softmax(-1) for r in logits(path))
-                parts = [_measure(p, q, t) for p, q, t in zip(log_p, log_q, targets, strict=True)]
+                parts = [_measure(*rows) for rows in zip(log_p, chances, log_q, targets, strict=True)]
                 kl, nll, agreeing = (math.fsum(column) for column in zip(*parts, strict=True))
                 self.sums.setdefault(path, []).append((kl, nll, agreeing))
 
@@ -222,9 +227,9 @@ def _rows(logits: Tensor) -> Iterator[Tensor]:
         yield from window[:-1].float().split(ROWS)
 
 
-def _measure(log_p: Tensor, log_q: Tensor, targets: Tensor) -> tuple[float, float, float]:
+def _measure(log_p: Tensor, chances: Tensor, log_q: Tensor, targets: Tensor) -> tuple[float, float, float]:
     """Sums over rows: KL(p ‖ q), negative log-likelihood under q, rows with one top token."""
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1).double().sum().item()
+    kl = torch.linalg.vecdot(chances, log_p - log_q).double().sum().item()
     nll = -log_q.gather(1, targets[:, None]).double().sum().item()
     return kl, nll, float((log_p.argmax(-1) == log_q.argmax(-1)).sum().item())
 

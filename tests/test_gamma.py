@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -23,11 +24,11 @@ from gammac.passes.allocate import Allocate
 from gammac.passes.allocation_problem import Choice
 from gammac.passes.allocation_search import choose
 from gammac.passes.candidates import Candidates
-from gammac.passes.kl_gradient import KlGradient, Slopes
+from gammac.passes.kl_gradient import Formats, KlGradient, Slopes
 from gammac.passes.options import parse_strategy
 from gammac.passes.sensitivity import STRATEGIES
 from gammac.passes.sensitivity.gamma import Gamma, block_loss
-from gammac.passes.sensitivity.gamma_interactions import shrunk
+from gammac.passes.sensitivity.gamma_interactions import LEAST, SHARE, shrunk
 from gammac.passes.sensitivity.gamma_preferences import Lines, Preferences, gumbel_softmax
 from gammac.passes.sensitivity.gamma_teacher import Teacher
 from gammac.passes.sensitivity.scores import candidate, candidates_of, falling
@@ -354,6 +355,7 @@ def test_a_killed_run_goes_on_where_it_stopped(
     small: tuple[Module, Context], inputs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module, ctx = small
+    monkeypatch.setattr("gammac.passes.sensitivity.gamma_interactions.GROUP", 1)
     pass_ = Gamma(**{**QUICK, "draws": 3, "inputs": inputs})
     cached = dataclasses.replace(ctx, cache=PassCache(tmp_path))
     whole = to_text(pass_.run(module, ctx))
@@ -457,19 +459,21 @@ def test_a_mean_counts_as_far_as_it_stands_out_of_its_noise() -> None:
 def test_interactions_are_what_they_say(
     small: tuple[Module, Context], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """ℓ and the mean of: the slope from full precision, less 2 ℓ where the format is drawn."""
+    """ℓ and a share of the mean of: the slope from full precision, less 2 ℓ where the format is drawn."""
     module, ctx = small
     monkeypatch.setattr("gammac.passes.sensitivity.gamma.falling", dict)
     alone = scores_of(Gamma(**QUICK).run(module, ctx))
     seen: list[tuple[dict[str, str], Slopes]] = []
-    original = KlGradient.measure
+    original = KlGradient.measure_each
 
-    def measure(self: KlGradient, formats: Any, title: str, below: float) -> tuple[float, Slopes]:
-        found = original(self, formats, title, below)
-        seen.append((dict(formats), found[1]))
+    def measure_each(
+        self: KlGradient, allocations: Sequence[Formats], title: str, below: float = math.inf
+    ) -> list[tuple[float, Slopes]]:
+        found = original(self, allocations, title, below)
+        seen.extend((dict(f), slopes) for f, (_, slopes) in zip(allocations, found, strict=True))
         return found
 
-    monkeypatch.setattr(KlGradient, "measure", measure)
+    monkeypatch.setattr(KlGradient, "measure_each", measure_each)
     among = scores_of(Gamma(**{**QUICK, "draws": 4}).run(module, ctx))
     assert len(seen) == 4 and all(formats.keys() == alone.keys() for formats, _ in seen)
     assert len({tuple(formats.values()) for formats, _ in seen}) > 1
@@ -479,7 +483,7 @@ def test_interactions_are_what_they_say(
                 slopes[name][format_] - slopes[name][""] - 2 * loss * (formats[name] == format_)
                 for formats, slopes in seen
             ]
-            expected = max(0.0, loss + shrunk(values))
+            expected = max(LEAST * loss, loss + SHARE * shrunk(values))
             assert among[name][format_] == pytest.approx(expected, rel=1e-3, abs=1e-5 * own["w2g32"])
 
 

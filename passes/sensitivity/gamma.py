@@ -29,6 +29,7 @@ from gammac.ir.interpret import Env, Weights
 from gammac.passes.candidates import weights_have_candidates
 from gammac.passes.sensitivity.gamma_interactions import with_interactions
 from gammac.passes.sensitivity.gamma_preferences import Preferences
+from gammac.passes.sensitivity.gamma_steps import SteppedPreferences
 from gammac.passes.sensitivity.gamma_teacher import Teacher
 from gammac.passes.sensitivity.scores import (
     candidate,
@@ -43,12 +44,15 @@ from gammac.pipeline import Context, Invariant, full_options_text
 
 # bits above which a mixture loses so little that nothing is learnt of it
 NOTEWORTHY: Final = 4.0
+# of the method of multipliers, behind each sweep
+MULTIPLIER_STEPS: Final = 8
 # option → the words that it may be
 WORDS: Final[Mapping[str, tuple[str, ...]]] = {
     "samples": ("soft", "hard"),
     "normalize": ("fisher", "delta", "output", "none"),
     "inputs": ("full", "mixed"),
     "constraint": ("augmented", "penalty"),
+    "optimizer": ("lines", "sgd", "global", "adam"),
 }
 
 
@@ -62,8 +66,9 @@ class Gamma:
     delta, output: |Δ|² by what the block adds, or puts out; none. `inputs`: full (teacher forcing) or mixed
     (what the blocks before it put out in their preferred formats). `constraint`: augmented, or
     penalty (no multiplier). With each sample the earlier ones fade by `memory`; `penalty` and `growth`
-    are those of `Preferences.settle`. Behind the sweeps, `draws` whole models are run end to end (see
-    `gamma_interactions`); 0 leaves it at teacher forcing.
+    are those of `Preferences.settle`. `optimizer`: lines computes the logits from the losses; sgd, global
+    and adam take steps of about `rate` (see `gamma_steps`). Behind the sweeps, `draws` whole models are run
+    end to end (see `gamma_interactions`); 0 leaves it at teacher forcing.
     """
 
     name: ClassVar[str] = "gamma"
@@ -83,6 +88,8 @@ class Gamma:
     constraint: str = "augmented"
     penalty: float = 0.1
     growth: float = 1.5
+    optimizer: str = "lines"
+    rate: float = 0.1
     draws: int = 32
 
     def __post_init__(self) -> None:
@@ -95,6 +102,7 @@ class Gamma:
         check_range(self.name, "memory", self.memory, 0, 1)
         check_range(self.name, "penalty", self.penalty, 1e-6)
         check_range(self.name, "growth", self.growth, 1)
+        check_range(self.name, "rate", self.rate, 1e-6)
         check_range(self.name, "draws", self.draws, 0)
         for option, known in WORDS.items():
             if getattr(self, option) not in known:
@@ -165,9 +173,10 @@ def _preferences(options: Gamma, module: Module) -> Preferences:
         )
     middle = (least + min(most, max(least + 1, NOTEWORTHY))) / 2
     target = options.target or middle
-    return Preferences(
-        bits, shares, target, options.memory, options.growth, options.constraint == "augmented"
-    )
+    same = (bits, shares, target, options.memory, options.growth, options.constraint == "augmented")
+    if options.optimizer == "lines":
+        return Preferences(*same)
+    return SteppedPreferences(*same, optimizer=options.optimizer, rate=options.rate)
 
 
 class Learner:
@@ -225,7 +234,7 @@ class Learner:
     ) -> None:  # fmt: skip
         """One sample: the loss of a mixture, and its slope towards each candidate of each linear."""
         mixed = {
-            n: (weights(n) + torch.tensordot(p.float(), deltas[n], 1)).requires_grad_()
+            n: (weights(n) + torch.tensordot(p.detach().float(), deltas[n], 1)).requires_grad_()
             for n, p in mixes.items()
         }
         out = self.teacher.run(index, batch, student, lambda n: mixed[n] if n in mixed else weights(n))
@@ -233,16 +242,12 @@ class Learner:
         gradients = torch.autograd.grad(loss, list(mixed.values()))
         for (name, p), gradient in zip(mixes.items(), gradients, strict=True):
             slope = torch.einsum("bij,ij->b", deltas[name], gradient).double()
-            self.preferences.lines[name].add(p, slope, self.options.memory)
+            self.preferences.learn(name, p, slope)
 
     def losses(self) -> dict[str, dict[str, float]]:
         """Weight name → format name → what was learnt."""
         return {
-            n: dict(
-                zip(
-                    candidates_of(w), map(float, self.preferences.lines[n].losses().clamp(min=0)), strict=True
-                )
-            )
+            n: dict(zip(candidates_of(w), self.preferences.losses(n).clamp(min=0).tolist(), strict=True))
             for n, w in _learnt(self.module).items()
         }
 

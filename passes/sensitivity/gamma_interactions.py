@@ -7,14 +7,17 @@ where b is in place, is known; the rest is what the errors of all others make of
 
     I(b) = mean over draws z of ⟨∂KL/∂W, W_b − W⟩ − 2 ℓ(b) [z = b]
 
-Among the others a module loses ℓ(b) + I(b). An I(b) counts as far as it stands out of its noise: it is
-multiplied by 1 − (its standard error / itself)², or by 0 (James and Stein's estimator, positive part).
+Among the others a module loses ℓ(b) + ½ I(b): ½, because what two modules do to each other stands in the
+I of both (Shapley's value of a quadratic loss). I grows with the errors around a module, so scores that
+serve all budgets take the share that suits an average of the budgets: SHARE, chosen on held-out text. An
+I(b) counts as far as it stands out of its noise: it is multiplied by 1 − (its standard error / itself)²,
+or by 0 (James and Stein's estimator, positive part).
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -29,30 +32,40 @@ from gammac.progress import no_progress
 
 Losses = Mapping[str, Mapping[str, float]]
 
+# ½ would suit models as far from full precision as those that are drawn; most budgets are nearer
+SHARE: Final = 0.25
+# a loss keeps so much of itself, however much the others make up for
+LEAST: Final = 0.1
+# draws run together: what a killed run loses at most
+GROUP: Final = 8
+
 
 def with_interactions(
     losses: Losses, module: Module, preferences: Preferences, draws: int, temperature: float, key: str,
     ctx: Context,
 ) -> dict[str, dict[str, float]]:  # fmt: skip
-    """Weight name → format name → ℓ + I, not below zero. Each finished draw is remembered under `key`."""
-    tokens = torch.split(scoring_tokens("gamma", draws * BATCH_WINDOWS, module, ctx), BATCH_WINDOWS)
+    """Weight name → format name → ℓ + share of I. Each finished group of draws is remembered under `key`."""
+    tokens = scoring_tokens("gamma", draws * BATCH_WINDOWS, module, ctx)
+    windows = torch.split(tokens, BATCH_WINDOWS)
     generator = torch.Generator().manual_seed(ctx.seed)
-    quiet = replace(ctx, progress=no_progress)
+    drawn = [_drawn(module, preferences, temperature, generator) for _ in range(draws)]
     found: dict[str, dict[str, list[float]]] = {n: {f: [] for f in own} for n, own in losses.items()}
-    for draw in ctx.progress(range(draws), "gamma (drawn models)"):
-        formats = _drawn(module, preferences, temperature, generator)
-        windows = tokens[draw % len(tokens)]
+    quiet = replace(ctx, progress=no_progress)
+    for start in ctx.progress(range(0, draws, GROUP), "gamma (drawn models)"):
+        group = drawn[start : start + GROUP]
 
-        def measure(formats: Mapping[str, str] = formats, windows: torch.Tensor = windows) -> dict[str, Any]:
-            return KlGradient(module, windows, quiet).measure(formats, "", below=math.inf)[1]
+        def measure(start: int = start, group: list[dict[str, str]] = group) -> dict[str, Any]:
+            own = torch.cat([windows[(start + i) % len(windows)] for i in range(len(group))])
+            return {"slopes": [s for _, s in KlGradient(module, own, quiet).measure_each(group, "")]}
 
-        slopes = ctx.cache.record(key_of(key, "draw", f"{draw} of {draws}"), measure)
-        for name, own in found.items():
-            for format_, values in own.items():
-                known = 2 * losses[name][format_] if formats[name] == format_ else 0.0
-                values.append(slopes[name][format_] - slopes[name][FULL] - known)
+        slopes = ctx.cache.record(key_of(key, "draws", f"{start} of {draws}"), measure)["slopes"]
+        for formats, slope in zip(group, slopes, strict=True):
+            for name, own in found.items():
+                for format_, values in own.items():
+                    known = 2 * losses[name][format_] if formats[name] == format_ else 0.0
+                    values.append(slope[name][format_] - slope[name][FULL] - known)
     return {
-        n: {f: max(0.0, losses[n][f] + shrunk(values)) for f, values in own.items()}
+        n: {f: max(LEAST * losses[n][f], losses[n][f] + SHARE * shrunk(values)) for f, values in own.items()}
         for n, own in found.items()
     }
 

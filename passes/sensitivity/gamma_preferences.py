@@ -102,6 +102,14 @@ class Preferences:
         """A mixture p of a module's formats, [formats]; `hard`: one of them, each as often as π says."""
         return gumbel_softmax(self.logits(name) / temperature, RELAXATION, generator, hard)
 
+    def learn(self, name: str, p: Tensor, slope: Tensor) -> None:
+        """One sample p of a module, [formats], and the slope of the loss towards each of its formats."""
+        self.lines[name].add(p.detach(), slope, self.memory)
+
+    def losses(self, name: str) -> Tensor:
+        """What was learnt of a module, [formats]; nats a token where the slopes were."""
+        return self.lines[name].losses()
+
     def excess(self, temperature: float, price: float | None = None) -> float:
         """h: the expected average bits, less the target."""
         bits = 0.0
@@ -110,23 +118,25 @@ class Preferences:
             bits += self.shares[name] * float(chance @ torch.tensor(widths, dtype=torch.float64))
         return bits - self.target
 
-    def settle(self, temperature: float, rate: float) -> None:
+    def settle(self, temperature: float, rate: float, steps: int = 1) -> None:
         """After a sweep over all modules: the unit, the multiplier, the penalty, and the price.
 
-        `rate` is the penalty's start, as a share of what the losses span for a bit of the average.
+        `rate` is the penalty's start, as a share of what the losses span for a bit of the average. The
+        losses stand still meanwhile, so that several `steps` of the method of multipliers cost nothing.
         """
         losses = [lines.losses() for lines in self.lines.values()]
         spans = torch.stack([loss.max() - loss.min() for loss in losses])
         self.unit = max(float(spans.median()), 1e-30)
         if math.isinf(self.violation):
             self.penalty = rate * max(float(spans.sum()), 1e-30)
-        elif self.augmented:
-            self.multiplier += self.penalty * self.violation
-        self.price = self._balanced(temperature)
-        violation = self.excess(temperature)
-        if self.augmented and abs(violation) > SHRUNK * abs(self.violation):
-            self.penalty *= self.growth
-        self.violation = violation
+        for _ in range(steps):
+            if self.augmented and math.isfinite(self.violation):
+                self.multiplier += self.penalty * self.violation
+            self.price = self._balanced(temperature)
+            violation = self.excess(temperature)
+            if self.augmented and abs(violation) > SHRUNK * abs(self.violation):
+                self.penalty *= self.growth
+            self.violation = violation
 
     def _balanced(self, temperature: float) -> float:
         """μ with μ = λ + ρ h(μ): h falls as bits get dearer, so there is one, found by halving."""
