@@ -8,23 +8,17 @@ format to the next wider one gains a parameter, centred within each pair of form
 KL of each budget's allocation from the scores learnt there, beside those from all others, not refined.
 """
 
-from dataclasses import replace
 from itertools import combinations, pairwise
 from pathlib import Path
 
 import click
 import numpy as np
 from scipy.stats import kendalltau, spearmanr
+from scoring import Scoring
 
-from gammac.budget import parse_budgets
 from gammac.cli.console import OUT, show_progress
-from gammac.driver import Request, context_of, make_plan
 from gammac.formats import parse_format
 from gammac.ir import Module
-from gammac.passes import Choices, default_pipeline
-from gammac.passes.allocate import Allocate
-from gammac.passes.sensitivity import STRATEGIES
-from gammac.pipeline import Pipeline
 from gammac.runtime.evaluate import windows_for
 from gammac.trials import run_trials
 
@@ -46,33 +40,20 @@ def main(
 ) -> None:  # fmt: skip
     """Learn at each target on the first text, and at the middle target on the others."""
     budgets = targets.split(",")
-    learnt = {t: (texts[0], t) for t in budgets}
+    learnt: dict[str, tuple[Path | None, str]] = {t: (None, t) for t in budgets}
     middle = budgets[len(budgets) // 2]
     learnt |= {f"{middle} on {t.stem}": (t, middle) for t in texts[1:]}
-    scored: dict[str, Module] = {}
-    base = None
-    for name, (calibration, target) in learnt.items():
-        choices = Choices("w2g64+w3g64+w4g64", "w8g64", strategy=strategy_at(strategy, target), refine=False)
-        plan = make_plan(Request(model, device, budgets[0], choices, texts[0]), cache)
-        ctx = context_of(plan, show_progress)
-        # candidates of the first text for all: only what the scores are learnt from differs
-        passes = default_pipeline(choices, plan.target.emitter, compiler=plan.compiler)
-        cut = next(i for i, p in enumerate(passes) if isinstance(p, tuple(STRATEGIES.values())))
-        candidates = Pipeline(passes[:cut]).run(plan.module, ctx)
-        own = context_of(replace(plan, request=replace(plan.request, calibration=calibration)), show_progress)
-        scored[name] = Pipeline(passes[cut : cut + 1]).run(candidates, own)
-        base = base or (plan, ctx)
-    assert base is not None
+    # candidates of the first text for all: only what the scores are learnt from differs
+    bench = Scoring(model, device, texts[0], cache)
+    scored = {
+        name: bench.score(strategy_at(strategy, target), calibration=calibration)
+        for name, (calibration, target) in learnt.items()
+    }
     _correlations(scored)
-    plan, ctx = base
-    tokens = windows_for(text, plan.source.tokenizer, windows)
+    tokens = windows_for(text, bench.plan.source.tokenizer, windows)
     rows = [(budget, name) for budget in budgets for name in scored]
-    assignments = []
-    for budget, name in rows:
-        chosen = Allocate().run(scored[name], replace(ctx, budgets=parse_budgets(budget)))
-        formats = {n: w.attrs.get("format") for n, w in chosen.weights.items()}
-        assignments.append({n: str(f) for n, f in formats.items() if f is not None})
-    trials = run_trials(scored[rows[0][1]], ctx.store, tokens, assignments, show_progress)
+    assignments = [bench.allocate(scored[name], budget)[1] for budget, name in rows]
+    trials = run_trials(bench.candidates, bench.ctx.store, tokens, assignments, show_progress)
     OUT.print(f"\nperplexity (KL) on {windows} windows; rows: budget, columns: scores learnt at\n")
     OUT.print("| budget | " + " | ".join(scored) + " |")
     for budget in budgets:

@@ -9,6 +9,7 @@ from gammac.passes.allocate import Allocate
 from gammac.passes.candidates import Candidates
 from gammac.passes.collect_grams import CollectGrams
 from gammac.passes.fold_constants import FoldConstants
+from gammac.passes.fold_norms import FoldNorms
 from gammac.passes.insert_kv_cache import InsertKvCache
 from gammac.passes.keep_precision import KeepPrecision
 from gammac.passes.legalize_onnx import LegalizeOnnx
@@ -17,13 +18,14 @@ from gammac.passes.quantize import Quantize
 from gammac.passes.quantizers import make_quantizer
 from gammac.passes.raise_patterns import RaisePatterns
 from gammac.passes.refine import Refine
+from gammac.passes.rotate import Rotate
 from gammac.passes.sensitivity import STRATEGIES, Gamma
 from gammac.passes.split_rows import SplitRows
 from gammac.pipeline import Pass
 
 _IN_ORDER: Final[tuple[type[Pass], ...]] = (
-    FoldConstants, RaisePatterns, InsertKvCache, KeepPrecision, SplitRows, CollectGrams, Candidates,
-    *STRATEGIES.values(), Allocate, Refine, Quantize, LegalizeOnnx,
+    FoldConstants, RaisePatterns, FoldNorms, Rotate, InsertKvCache, KeepPrecision, SplitRows, CollectGrams,
+    Candidates, *STRATEGIES.values(), Allocate, Refine, Quantize, LegalizeOnnx,
 )  # fmt: skip
 PASSES: Final[Mapping[str, type[Pass]]] = {p.name: p for p in _IN_ORDER}
 
@@ -52,6 +54,7 @@ class Choices:
     strategy: str = "gamma"
     refine: bool | None = None
     tie: bool | None = None
+    rotate: bool = False
 
 
 def strategy_of(choices: Choices) -> Pass:
@@ -89,6 +92,8 @@ def default_pipeline(
         # the program as a person would write it
         FoldConstants(),
         RaisePatterns(),
+        # the same function with weights that are easier to quantize
+        *((FoldNorms(), Rotate()) if choices.rotate else ()),
         InsertKvCache(),
         KeepPrecision(),
         *(() if compiler else (SplitRows(),)),

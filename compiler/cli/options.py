@@ -43,6 +43,12 @@ OPTIONS: Final = (
     ),
     click.option("--damping", default=0.01, show_default=True, help="gptq: share of the mean diagonal."),
     click.option(
+        "--rotate/--no-rotate",
+        default=False,
+        show_default=True,
+        help="Rotate the residual stream and the heads' values first, so that few weights stand out.",
+    ),
+    click.option(
         "--tie/--no-tie",
         default=None,
         help="One format for linears that the target fuses (default: as the target says).",
@@ -84,7 +90,7 @@ def request_of(options: Mapping[str, Any], budget: str, seed: int, **chosen: Any
     group = options["group_size"] if options["group_size"] == "channel" else f"g{options['group_size']}"
     suffix = "-sym" if options["symmetric"] else ""
     block = options["formats"] or ",".join(f"w{bits}{group}{suffix}" for bits in (2, 3, 4, 8))
-    same = ("quantizer", "clip", "act_order", "damping", "tie", "refine")
+    same = ("quantizer", "clip", "act_order", "damping", "tie", "refine", "rotate")
     choices = Choices(
         "+".join(block.split(",")),
         "+".join(options["table_formats"].split(",")),

@@ -72,7 +72,8 @@ class SteppedPreferences(Preferences):
     def settle(self, temperature: float, rate: float, steps: int = 1) -> None:
         """After a sweep: the multiplier, the penalty and the price of a bit for the next one.
 
-        One step, whatever `steps`: the logits have to follow first. The penalty starts at `rate` as in `Preferences`: a share of what the losses span.
+        One step, whatever `steps`: the logits have to follow first. The penalty starts at `rate` as in
+        `Preferences`: a share of what the losses span.
         """
         violation = self.excess(1.0)
         if math.isinf(self.violation):
