@@ -7,6 +7,7 @@ measured matrix product and the operations that each pass is known to do.
 
 import time
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Final
 
 import torch
@@ -14,21 +15,19 @@ import torch
 from gammac.calibration import BATCH_WINDOWS
 from gammac.driver import Plan, calibration_of, context_of, extra_bytes
 from gammac.ir import Module, Weight
-from gammac.passes import refine_of, strategy_of
+from gammac.passes import default_pipeline, refine_of, strategy_of
 from gammac.passes.allocate import Allocate
 from gammac.passes.candidates import Candidates
-from gammac.passes.fold_constants import FoldConstants
-from gammac.passes.insert_kv_cache import InsertKvCache
-from gammac.passes.keep_precision import KeepPrecision
-from gammac.passes.raise_patterns import RaisePatterns
+from gammac.passes.collect_grams import CollectGrams
 from gammac.passes.sensitivity import Amq, DeltaLoss, Fisher, Gamma, GreedyKl, Hawq
 from gammac.passes.sensitivity.scores import grid_noise
-from gammac.passes.split_rows import SplitRows
 from gammac.pipeline import Context, Pass, Pipeline
 from gammac.targets.cost import Cost, module_cost
 
 # of a weight in a format: 134 million weights in four formats took 63 s on two cores
 SWEEP_NANOSECONDS: Final = 120.0
+# the first of the passes that take long; what stands before them only rewrites the module
+MEASURING: Final = (CollectGrams, Candidates)
 
 
 @dataclass(frozen=True)
@@ -62,10 +61,9 @@ def estimate(plan: Plan) -> Estimate:
 
 def guess_scores(plan: Plan, ctx: Context) -> Module:
     """The module as candidates would find it, with the noise model's scores."""
-    shape = (FoldConstants(), RaisePatterns(), InsertKvCache(), KeepPrecision())
-    split = () if plan.compiler else (SplitRows(),)
-    module = Pipeline((*shape, *split)).run(plan.module, ctx)
     choices = plan.request.choices
+    passes = default_pipeline(choices, plan.target.emitter, compiler=plan.compiler)
+    module = Pipeline(tuple(takewhile(lambda p: not isinstance(p, MEASURING), passes))).run(plan.module, ctx)
     candidates = Candidates(choices.block, choices.table, compiler=plan.compiler)
     return module.with_weights(*(_guessed(w, candidates, ctx) for w in _choosable(module)))
 

@@ -9,9 +9,13 @@ Costs and capacities are integers (bits, bytes, nanoseconds), so that "within th
 solve and read back are three functions; `allocation_search` puts them to use.
 """
 
+import ctypes
 import math
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -119,11 +123,31 @@ def solve(program: Program) -> bool:
     """Run HiGHS to a gap of zero, on one thread so that runs repeat. False: infeasible."""
     import cvxpy as cp
 
+    _hush()
     options = {"mip_rel_gap": 0.0, "mip_abs_gap": 0.0, "threads": 1, "random_seed": 0}
     program.problem.solve(solver=cp.HIGHS, **options)  # type: ignore[no-untyped-call]
     status = program.problem.status
     assert status in (cp.OPTIMAL, cp.INFEASIBLE), f"HiGHS says {status}"
     return bool(status == cp.OPTIMAL)
+
+
+@cache
+def _hush() -> None:
+    """HiGHS 1.16 writes a banner to standard output when a process makes its first solver: not to ours."""
+    import highspy
+
+    if os.name != "posix":
+        return
+    sys.stdout.flush()
+    saved, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        highspy.Highs()
+        ctypes.CDLL(None).fflush(None)  # what C still holds back would come out later
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+        os.close(nowhere)
 
 
 def read_back(program: Program) -> Picks:
