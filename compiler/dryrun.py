@@ -19,6 +19,7 @@ from gammac.passes import default_pipeline, refine_of, strategy_of
 from gammac.passes.allocate import Allocate
 from gammac.passes.candidates import Candidates
 from gammac.passes.collect_grams import CollectGrams
+from gammac.passes.collect_guided_grams import CollectGuidedGrams
 from gammac.passes.sensitivity import Amq, DeltaLoss, Fisher, Gamma, GreedyKl, Hawq
 from gammac.passes.sensitivity.scores import grid_noise
 from gammac.pipeline import Context, Pass, Pipeline
@@ -27,7 +28,7 @@ from gammac.targets.cost import Cost, module_cost
 # of a weight in a format: 134 million weights in four formats took 63 s on two cores
 SWEEP_NANOSECONDS: Final = 120.0
 # the first of the passes that take long; what stands before them only rewrites the module
-MEASURING: Final = (CollectGrams, Candidates)
+MEASURING: Final = (CollectGrams, CollectGuidedGrams, Candidates)
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,9 @@ def _seconds(plan: Plan, module: Module, tokens: int) -> float:
     gemm = 0.0
     if plan.request.choices.quantizer == "gptq":
         grams = sum(int(str(w.type.shape[1])) ** 2 for w in weights)
-        gemm += 2 * tokens * (block + 0.6 * grams)  # q, k, v and gate, up share a matrix
+        guided = plan.request.choices.guided  # forward, forward again, backward; a product for each linear
+        # otherwise q, k, v and gate, up share a matrix
+        gemm += 2 * tokens * (3 * every + grams if guided else block + 0.6 * grams)
     windows, products = scoring_work(strategy_of(plan.request.choices), len(weights), formats)
     gemm += 2 * min(tokens, windows * plan.request.calibration_length) * every * products
     for refine in refine_of(plan.request.choices):

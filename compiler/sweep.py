@@ -24,6 +24,7 @@ from gammac.passes import default_pipeline
 from gammac.passes.allocate import Allocate
 from gammac.passes.candidates import Candidates
 from gammac.passes.collect_grams import CollectGrams
+from gammac.passes.collect_guided_grams import CollectGuidedGrams
 from gammac.passes.quantize import Quantize
 from gammac.passes.sensitivity import STRATEGIES, WeightMse
 from gammac.passes.sensitivity.scores import candidates_of
@@ -37,6 +38,7 @@ from gammac.weights import digest_of
 
 FULL: Final = "full precision"
 CALIBRATION: Final = "the calibration text"
+PREPARING: Final = (CollectGrams, CollectGuidedGrams, Candidates)
 # assignments tried together: what a killed sweep loses at most
 GROUP: Final = 8
 
@@ -242,7 +244,7 @@ def _allocate(
         if not found or _reads("budget", score):
             scored, before = _timed(score, plan.module, own)
         chosen, behind = _timed(choose, scored, own)
-        prepared = [before[i] for i, p in enumerate(score) if isinstance(p, CollectGrams | Candidates)]
+        prepared = [before[i] for i, p in enumerate(score) if isinstance(p, PREPARING)]
         scoring = [before[i] for i, p in enumerate(score) if isinstance(p, tuple(STRATEGIES.values()))]
         found.append(
             _Allocated(

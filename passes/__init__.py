@@ -8,6 +8,7 @@ from gammac.diagnostics import CompileError
 from gammac.passes.allocate import Allocate
 from gammac.passes.candidates import Candidates
 from gammac.passes.collect_grams import CollectGrams
+from gammac.passes.collect_guided_grams import CollectGuidedGrams
 from gammac.passes.fold_constants import FoldConstants
 from gammac.passes.fold_norms import FoldNorms
 from gammac.passes.insert_kv_cache import InsertKvCache
@@ -25,7 +26,7 @@ from gammac.pipeline import Pass
 
 _IN_ORDER: Final[tuple[type[Pass], ...]] = (
     FoldConstants, RaisePatterns, FoldNorms, Rotate, InsertKvCache, KeepPrecision, SplitRows, CollectGrams,
-    Candidates, *STRATEGIES.values(), Allocate, Refine, Quantize, LegalizeOnnx,
+    CollectGuidedGrams, Candidates, *STRATEGIES.values(), Allocate, Refine, Quantize, LegalizeOnnx,
 )  # fmt: skip
 PASSES: Final[Mapping[str, type[Pass]]] = {p.name: p for p in _IN_ORDER}
 
@@ -55,6 +56,7 @@ class Choices:
     refine: bool | None = None
     tie: bool | None = None
     rotate: bool = False
+    guided: bool = False
 
 
 def strategy_of(choices: Choices) -> Pass:
@@ -87,6 +89,12 @@ def default_pipeline(
     if emitter not in LEGALIZERS:
         raise CompileError(f"no emitter {emitter!r}", hint=f"there are {', '.join(LEGALIZERS)}")
     how = (choices.quantizer, choices.clip, choices.act_order, choices.damping)
+    collect = CollectGuidedGrams() if choices.guided else CollectGrams()
+    if choices.guided and choices.inputs != "full":
+        raise CompileError(
+            "gradients are those of the full-precision model: guided needs its inputs",
+            hint="leave out --inputs quantized or --guided",
+        )
     needs_gram = make_quantizer(choices.quantizer).needs_gram
     return (
         # the program as a person would write it
@@ -98,7 +106,7 @@ def default_pipeline(
         KeepPrecision(),
         *(() if compiler else (SplitRows(),)),
         # what each weight would lose in each format
-        *((CollectGrams(),) if needs_gram else ()),
+        *((collect,) if needs_gram else ()),
         Candidates(choices.block, choices.table, *how, compiler=compiler),
         strategy,
         # the choice, and its execution; everything above is the same for every budget

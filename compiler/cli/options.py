@@ -43,6 +43,12 @@ OPTIONS: Final = (
     ),
     click.option("--damping", default=0.01, show_default=True, help="gptq: share of the mean diagonal."),
     click.option(
+        "--guided/--no-guided",
+        default=False,
+        show_default=True,
+        help="gptq: a calibration token counts by how much the loss depends on it (a backward run more).",
+    ),
+    click.option(
         "--rotate/--no-rotate",
         default=False,
         show_default=True,
@@ -90,7 +96,7 @@ def request_of(options: Mapping[str, Any], budget: str, seed: int, **chosen: Any
     group = options["group_size"] if options["group_size"] == "channel" else f"g{options['group_size']}"
     suffix = "-sym" if options["symmetric"] else ""
     block = options["formats"] or ",".join(f"w{bits}{group}{suffix}" for bits in (2, 3, 4, 8))
-    same = ("quantizer", "clip", "act_order", "damping", "tie", "refine", "rotate")
+    same = ("quantizer", "clip", "act_order", "damping", "tie", "refine", "rotate", "guided")
     choices = Choices(
         "+".join(block.split(",")),
         "+".join(options["table_formats"].split(",")),
