@@ -25,6 +25,7 @@ from gammac.passes.allocate import Allocate
 from gammac.passes.candidates import Candidates
 from gammac.passes.collect_grams import CollectGrams
 from gammac.passes.collect_guided_grams import CollectGuidedGrams
+from gammac.passes.finetune import LearnRounding
 from gammac.passes.quantize import Quantize
 from gammac.passes.sensitivity import STRATEGIES, WeightMse
 from gammac.passes.sensitivity.scores import candidates_of
@@ -196,8 +197,8 @@ def _row(found: _Allocated, trial: Trial) -> Row:
 
 
 def up_to_allocation(passes: Sequence[Pass]) -> tuple[Pass, ...]:
-    """The passes before `quantize`: behind them weights have formats, and still their candidates."""
-    return tuple(takewhile(lambda p: not isinstance(p, Quantize), passes))
+    """The passes before codes are learnt or stored: weights have formats, and the same candidates for all."""
+    return tuple(takewhile(lambda p: not isinstance(p, LearnRounding | Quantize), passes))
 
 
 def _passes(plan: Plan, strategy: str, budgets: Sequence[Budget]) -> tuple[Sequence[Pass], Sequence[Pass]]:

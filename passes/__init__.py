@@ -9,6 +9,7 @@ from gammac.passes.allocate import Allocate
 from gammac.passes.candidates import Candidates
 from gammac.passes.collect_grams import CollectGrams
 from gammac.passes.collect_guided_grams import CollectGuidedGrams
+from gammac.passes.finetune import LearnRounding
 from gammac.passes.fold_constants import FoldConstants
 from gammac.passes.fold_norms import FoldNorms
 from gammac.passes.insert_kv_cache import InsertKvCache
@@ -26,7 +27,8 @@ from gammac.pipeline import Pass
 
 _IN_ORDER: Final[tuple[type[Pass], ...]] = (
     FoldConstants, RaisePatterns, FoldNorms, Rotate, InsertKvCache, KeepPrecision, SplitRows, CollectGrams,
-    CollectGuidedGrams, Candidates, *STRATEGIES.values(), Allocate, Refine, Quantize, LegalizeOnnx,
+    CollectGuidedGrams, Candidates, *STRATEGIES.values(), Allocate, Refine, LearnRounding, Quantize,
+    LegalizeOnnx,
 )  # fmt: skip
 PASSES: Final[Mapping[str, type[Pass]]] = {p.name: p for p in _IN_ORDER}
 
@@ -57,6 +59,7 @@ class Choices:
     tie: bool | None = None
     rotate: bool = False
     guided: bool = False
+    learn_rounding: bool = False
 
 
 def strategy_of(choices: Choices) -> Pass:
@@ -89,6 +92,11 @@ def default_pipeline(
     if emitter not in LEGALIZERS:
         raise CompileError(f"no emitter {emitter!r}", hint=f"there are {', '.join(LEGALIZERS)}")
     how = (choices.quantizer, choices.clip, choices.act_order, choices.damping)
+    if choices.learn_rounding and choices.inputs != "full":
+        raise CompileError(
+            "learn_rounding starts from the candidates, which have full-precision inputs",
+            hint="leave out --inputs quantized: learning reads what quantized blocks put out anyway",
+        )
     collect = CollectGuidedGrams() if choices.guided else CollectGrams()
     if choices.guided and choices.inputs != "full":
         raise CompileError(
@@ -112,6 +120,7 @@ def default_pipeline(
         # the choice, and its execution; everything above is the same for every budget
         Allocate(tie=choices.tie, extra_bytes=extra_bytes),
         *refine_of(choices, extra_bytes),
+        *((LearnRounding(),) if choices.learn_rounding else ()),
         Quantize(choices.inputs, *how),
         # the form that the emitter writes
         LEGALIZERS[emitter](),

@@ -43,6 +43,12 @@ class StrategyOption(click.Option):
     show_default=True,
     help="gptq: calibrate on the full-precision or on the already quantized model.",
 )
+@click.option(
+    "--learn-rounding/--no-learn-rounding",
+    default=False,
+    show_default=True,
+    help="Learn codes and scales block by block behind the allocation: minutes, and the most for few bits.",
+)
 @shared_options
 @click.option("--seed", default=0, show_default=True)
 @click.option(
@@ -58,7 +64,7 @@ def compile_command(**options: Any) -> None:
     from gammac.runtime.staging import check_writable
 
     check_writable(options["out"], not options["keep_existing"])
-    chosen = {name: options[name] for name in ("strategy", "inputs")}
+    chosen = {name: options[name] for name in ("strategy", "inputs", "learn_rounding")}
     request = request_of(options, "+".join(options["budgets"]), options["seed"], **chosen)
     with ERR.status("capturing the model"):
         plan = make_plan(request, options["cache"])

@@ -1,0 +1,5 @@
+"""What learns from a calibration text: passes that improve codes after formats were chosen."""
+
+from gammac.passes.finetune.learn_rounding import LearnRounding
+
+__all__ = ["LearnRounding"]

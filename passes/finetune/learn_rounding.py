@@ -1,0 +1,265 @@
+"""Learn each weight's rounding and scales, block by block, from what the block should put out.
+
+    weight @up : f32[64,64] = sha256:… {role = "block", format = "w3g64", candidates = {w3g64 = "sha256:aa"}}
+->
+    weight @up : f32[64,64] = sha256:… {role = "block", format = "w3g64", candidates = {w3g64 = "sha256:bb"}}
+    and the module's attribute `rounding` = {before = 0.081, after = 0.047}
+
+A block reads what the already quantized blocks before it put out, and is compared with what the
+full-precision block puts out on full-precision inputs: errors of earlier blocks are made up for. Each code
+has a latent value: at first the weight itself in units of its step, moved into the cell of the code that
+the quantizer chose. Steps of one size along the sign of the gradient move the latents and the logarithms
+of the scales (SignRound, arXiv 2309.05516, section 3; straight-through rounding). A block whose error on
+windows set apart is not lower afterwards stays as it was. `before` and `after` are the mean relative errors
+of the blocks' outputs there.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar, Final
+
+import torch
+from torch import Tensor
+
+from gammac.cache import key_of
+from gammac.calibration import BATCH_WINDOWS, Segment, Stream
+from gammac.diagnostics import CompileError
+from gammac.formats import Quantized, load_float, parse_format
+from gammac.ir import Module, to_text
+from gammac.ir.interpret import Env, Weights, run_ops
+from gammac.passes.candidates import weights_have_candidates
+from gammac.passes.quantize import weights_have_formats
+from gammac.passes.sensitivity.scores import candidates_of, check_range, rounded
+from gammac.pipeline import Context, Invariant, full_options_text
+
+MARGIN: Final = 0.45  # of a cell, whose half is ½: how far from its code a latent may start
+APART: Final = 8  # every so manieth batch of windows is set apart
+
+
+@dataclass(frozen=True)
+class LearnRounding:
+    """`steps` of `batch` windows each in a block; `rate`: a first step in units of a code, falling linearly
+    (0: one over the steps); `scale_rate`: the same of the logarithm of a scale."""
+
+    name: ClassVar[str] = "learn_rounding"
+    reads: ClassVar[tuple[str, ...]] = ("calibration", "seed")
+    requires: ClassVar[tuple[Invariant, ...]] = (weights_have_candidates, weights_have_formats)
+    ensures: ClassVar[tuple[Invariant, ...]] = (weights_have_candidates, weights_have_formats)
+    steps: int = 100
+    batch: int = 4
+    rate: float = 0.0
+    scale_rate: float = 0.002
+
+    def __post_init__(self) -> None:
+        """Raises CompileError for options that make no sense."""
+        check_range(self.name, "steps", self.steps, 1)
+        check_range(self.name, "batch", self.batch, BATCH_WINDOWS)
+        check_range(self.name, "rate", self.rate, 0, 1)
+        check_range(self.name, "scale_rate", self.scale_rate, 0, 0.1)
+
+    def run(self, module: Module, ctx: Context) -> Module:
+        """Each finished block is remembered. Raises CompileError without two batches of calibration text."""
+        if ctx.calibration is None or len(ctx.calibration.tokens) < 2 * BATCH_WINDOWS:
+            raise CompileError(
+                f"{self.name} needs {2 * BATCH_WINDOWS} windows of calibration text or more",
+                hint="give --calibration FILE and --calibration-windows",
+            )
+        key = key_of(to_text(module), full_options_text(self), ctx.fingerprint(self.reads))
+        learner = _Learner(self, module, ctx, ctx.calibration.tokens)
+        errors: list[tuple[float, float]] = []
+        for index in ctx.progress(range(len(learner.teacher.segments) - 1), "learning to round"):
+            found = ctx.cache.record(key_of(key, str(index)), partial(learner.learn, index))
+            learner.adopt(found["digests"])
+            learner.advance(index)
+            if "before" in found:
+                errors.append((found["before"], found["after"]))
+        if not errors:
+            return learner.module
+        before, after = (rounded(math.fsum(column) / len(errors)) for column in zip(*errors, strict=True))
+        return learner.module.with_attrs(rounding={"before": before, "after": after})
+
+
+class _Learner:
+    """Full-precision and allocated model side by side, each behind the same segment."""
+
+    def __init__(self, options: LearnRounding, module: Module, ctx: Context, tokens: Tensor) -> None:
+        self.options, self.module, self.ctx = options, module, ctx
+        function = module.functions["forward"]
+        self.teacher, self.student = Stream(function, tokens), Stream(function, tokens)
+        self.teacher.start()
+        self.student.start()
+        every = range(len(self.teacher.batches))
+        self.apart = tuple(every)[::APART]
+        self.used = tuple(b for b in every if b not in self.apart)
+
+    # ---- the two models -------------------------------------------------------------------------
+
+    def full(self, name: str) -> Tensor:
+        """A weight as it was."""
+        return load_float(self.module.weights[name], self.ctx.store)
+
+    def codes(self, name: str) -> Quantized:
+        """A weight in the format that it was given."""
+        weight = self.module.weights[name]
+        format_ = str(weight.attrs["format"])
+        return Quantized.from_arrays(
+            parse_format(format_), self.ctx.store.get(candidates_of(weight)[format_])
+        )
+
+    def allocated(self, name: str) -> Tensor:
+        """A weight as the codes have it; in full precision where it has no format."""
+        chosen = "format" in self.module.weights[name].attrs
+        return self.codes(name).dequantize() if chosen else self.full(name)
+
+    def adopt(self, digests: Mapping[str, str]) -> None:
+        """Take on codes that were learnt."""
+        weights = []
+        for name, digest in digests.items():
+            weight = self.module.weights[name]
+            candidates = {**candidates_of(weight), str(weight.attrs["format"]): digest}
+            weights.append(weight.with_attrs(candidates=candidates))
+        self.module = self.module.with_weights(*weights)
+
+    def advance(self, index: int) -> None:
+        """Both models through a segment, for the next one to read."""
+        segment = self.teacher.segments[index]
+        for stream, source in ((self.teacher, self.full), (self.student, self.allocated)):
+            weights = _kept(source)
+            for batch in range(len(stream.batches)):
+                env = stream.load(index, batch)
+                with torch.no_grad():
+                    keep = stream.segments[index + 1].live_in
+                    run_ops(segment.ops, env, stream.sizes[batch], weights, keep=keep)
+                stream.save(index + 1, batch, env)
+            stream.forget(index)
+
+    # ---- one block ------------------------------------------------------------------------------
+
+    def learn(self, index: int) -> dict[str, Any]:
+        """Digests of better codes by weight name, and the errors before and behind."""
+        segment = self.teacher.segments[index]
+        names = _learnable(segment, self.module)
+        if not names:
+            return {"digests": {}}
+        full = _kept(self.full)
+        wanted = {b: self._wanted(segment, index, b, full) for b in range(len(self.teacher.batches))}
+        start = {n: self.codes(n) for n in names}
+        latents = {n: Latents(self.full(n), start[n]) for n in names}
+        fixed = _kept(self.allocated)
+        before = self._error(segment, index, {n: q.dequantize() for n, q in start.items()}, fixed, wanted)
+        generator = torch.Generator().manual_seed(self.ctx.seed * 7919 + index)
+        count = max(1, self.options.batch // BATCH_WINDOWS)
+        for step in range(self.options.steps):
+            picked = torch.randint(len(self.used), (count,), generator=generator).tolist()
+            left = 1 - step / self.options.steps
+            self._step(segment, index, [self.used[i] for i in picked], latents, fixed, wanted, left)
+        learnt = {n: x.quantized() for n, x in latents.items()}
+        after = self._error(segment, index, {n: q.dequantize() for n, q in learnt.items()}, fixed, wanted)
+        if after >= before:
+            return {"digests": {}, "before": before, "after": before}
+        digests = {n: self.ctx.store.put(q.arrays()) for n, q in learnt.items()}
+        return {"digests": digests, "before": before, "after": after}
+
+    def _wanted(self, segment: Segment, index: int, batch: int, full: Weights) -> Env:
+        """What the full-precision block puts out on full-precision inputs."""
+        env = self.teacher.load(index, batch)
+        with torch.no_grad():
+            run_ops(segment.ops, env, self.teacher.sizes[batch], full, keep=segment.live_out)
+        return {v: env[v] for v in segment.live_out}
+
+    def _put_out(self, segment: Segment, index: int, batch: int, weights: Weights) -> Env:
+        env = self.student.load(index, batch)
+        run_ops(segment.ops, env, self.student.sizes[batch], weights, keep=segment.live_out)
+        return {v: env[v] for v in segment.live_out}
+
+    def _step(
+        self, segment: Segment, index: int, batches: list[int], latents: Mapping[str, "Latents"],
+        fixed: Weights, wanted: Mapping[int, Env], left: float,
+    ) -> None:  # fmt: skip
+        leaves = {n: x.quantized().dequantize().requires_grad_() for n, x in latents.items()}
+        loss = torch.zeros(())
+        for batch in batches:
+            out = self._put_out(segment, index, batch, lambda n: leaves[n] if n in leaves else fixed(n))
+            loss = loss + _squared(out, wanted[batch])
+        gradients = torch.autograd.grad(loss, list(leaves.values()))
+        rate = self.options.rate or 1 / self.options.steps
+        for x, gradient in zip(latents.values(), gradients, strict=True):
+            x.move(gradient, rate * left, self.options.scale_rate * left)
+
+    def _error(
+        self, segment: Segment, index: int, tried: Mapping[str, Tensor], fixed: Weights,
+        wanted: Mapping[int, Env],
+    ) -> float:  # fmt: skip
+        """Relative squared error on the batches that are set apart."""
+        lost = size = 0.0
+        for batch in self.apart:
+            with torch.no_grad():
+                out = self._put_out(segment, index, batch, lambda n: tried[n] if n in tried else fixed(n))
+            lost += float(_squared(out, wanted[batch]))
+            size += float(sum(t.square().sum() for t in wanted[batch].values()))
+        return lost / max(size, 1e-30)
+
+
+def _squared(out: Env, wanted: Env) -> Tensor:
+    return torch.stack([(out[v] - wanted[v]).square().sum() for v in wanted]).sum()
+
+
+def _kept(source: Weights) -> Weights:
+    """Each weight loaded once."""
+    loaded: dict[str, Tensor] = {}
+
+    def get(name: str) -> Tensor:
+        if name not in loaded:
+            loaded[name] = source(name)
+        return loaded[name]
+
+    return get
+
+
+def _learnable(segment: Segment, module: Module) -> list[str]:
+    """The linears of a block that have a format."""
+    refs = [op.weight() for op in segment.linears()]
+    names = dict.fromkeys(ref.name for ref in refs if ref is not None)
+    attrs = {n: module.weights[n].attrs for n in names}
+    return [n for n in names if attrs[n].get("role") == "block" and "format" in attrs[n]]
+
+
+class Latents:
+    """The real numbers behind a weight's codes [rows, columns] and scales [rows, groups]."""
+
+    def __init__(self, weight: Tensor, start: Quantized) -> None:
+        self.start = start
+        self.size = start.format.inputs_per_scale(weight.shape[1])
+        columns = weight.shape[1]
+        self.zeros = (
+            torch.full_like(start.scales, float(start.format.midpoint)).float()
+            if start.zeros is None
+            else start.zeros.float()
+        )
+        steps = Quantized.spread(start.scales.float(), self.size, columns)
+        codes = start.codes.float()
+        exact = weight / steps.clamp(min=1e-30) + Quantized.spread(self.zeros, self.size, columns)
+        self.latent = torch.minimum(torch.maximum(exact, codes - MARGIN), codes + MARGIN)
+        self.log_scale = torch.zeros_like(start.scales, dtype=torch.float32)
+
+    def quantized(self) -> Quantized:
+        """The nearest codes, and scales as they are stored."""
+        codes = self.latent.round().clamp(0, self.start.format.levels)
+        scales = (self.start.scales.float() * self.log_scale.exp()).half()
+        return replace(self.start, codes=codes.to(torch.uint8), scales=scales)
+
+    def move(self, gradient: Tensor, rate: float, scale_rate: float) -> None:
+        """One step against the sign of ∂L/∂W [rows, columns]: straight through the rounding, where it is
+        not cut off; and against that of the scales' logarithms."""
+        columns = gradient.shape[1]
+        scales = self.start.scales.float()
+        # a negative scale turns the direction of its codes around
+        along = gradient * Quantized.spread(scales.sign(), self.size, columns)
+        at_scale = gradient * self.quantized().dequantize()
+        groups = self.start.format.groups(columns)
+        summed = torch.nn.functional.pad(at_scale, (0, groups * self.size - columns))
+        summed = summed.reshape(len(gradient), groups, self.size).sum(-1)
+        self.latent = (self.latent - rate * along.sign()).clamp(-0.5, self.start.format.levels + 0.5)
+        self.log_scale -= scale_rate * summed.sign()

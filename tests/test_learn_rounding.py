@@ -1,0 +1,179 @@
+"""Learned rounding: latents by themselves, and what is learnt of a small Llama."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from llama_module import VOCAB, llama
+
+from gammac.cache import PassCache
+from gammac.diagnostics import CompileError
+from gammac.formats import Quantized, parse_format
+from gammac.ir import Module, to_text
+from gammac.passes import Choices, default_pipeline
+from gammac.passes.allocate import Allocate
+from gammac.passes.candidates import Candidates
+from gammac.passes.finetune.learn_rounding import Latents, LearnRounding
+from gammac.passes.kl_gradient import KlGradient
+from gammac.passes.quantize import Quantize
+from gammac.passes.quantizers import make_quantizer
+from gammac.passes.sensitivity import WeightMse
+from gammac.passes.sensitivity.scores import candidates_of
+from gammac.pipeline import Context, Pipeline
+from gammac.targets.target import load_target
+from gammac.texts import Calibration
+from gammac.weights import WeightStore
+
+LEARN = LearnRounding(steps=30)
+
+
+# ---- latents ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["w1g32", "w2g32", "w3g64", "w4g32-sym", "w8channel", "w3channel-sym"])
+@pytest.mark.parametrize("quantizer", ["rtn", "gptq"])
+def test_latents_begin_at_the_quantizers_codes(name: str, quantizer: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(24, 64, generator=generator), torch.randn(200, 64, generator=generator)
+    (start,) = make_quantizer(quantizer).quantize(weight, x.T @ x / 200, (parse_format(name),))
+    found = Latents(weight, start).quantized()
+    assert torch.equal(found.codes, start.codes) and torch.equal(found.scales, start.scales)
+    assert found.zeros is start.zeros and found.format == start.format
+
+
+def test_a_step_lowers_a_quadratic_loss() -> None:
+    """‖W_q − target‖² towards other codes and larger scales: both are found, and no code leaves its range."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(16, 64, generator=generator)
+    (start,) = make_quantizer("rtn").quantize(weight, None, (parse_format("w3g32"),))
+    moved = dataclasses.replace(start, codes=(start.codes + 1).clamp(max=7))
+    target = 1.02 * moved.dequantize()
+    latents, losses = Latents(weight, start), []
+    for step in range(100):
+        error = latents.quantized().dequantize() - target
+        losses.append(float(error.square().sum()))
+        latents.move(2 * error, 0.03 * (1 - step / 100), 0.002 * (1 - step / 100))
+    assert losses[-1] < 0.3 * losses[0]
+    assert latents.quantized().codes.max() <= 7
+
+
+# ---- a small Llama ------------------------------------------------------------------------------
+
+
+def context(store: WeightStore, cache: Path | None = None, **options: Any) -> Context:
+    tokens = torch.randint(0, VOCAB, (64, 24), generator=torch.Generator().manual_seed(1))
+    return Context(load_target("cpu-x86"), store, (), Calibration(tokens), cache=PassCache(cache), **options)
+
+
+@pytest.fixture(scope="module")
+def store() -> WeightStore:
+    return WeightStore()
+
+
+@pytest.fixture(scope="module")
+def allocated(store: WeightStore) -> Module:
+    passes = (Candidates("w2g32+w4g32", "w8g32", "rtn"), WeightMse(), Allocate(budget="2.5", tie=False))
+    return Pipeline(passes).run(llama(store), context(store))
+
+
+def kl_of(module: Module, ctx: Context) -> float:
+    """On tokens that nothing was learnt from."""
+    tokens = torch.randint(0, VOCAB, (8, 24), generator=torch.Generator().manual_seed(2))
+    formats = {n: str(w.attrs["format"]) for n, w in module.weights.items() if "format" in w.attrs}
+    return KlGradient(module, tokens, ctx).measure(formats, "", 0.0)[0]
+
+
+def test_what_is_learnt_loses_less_everywhere(allocated: Module, store: WeightStore) -> None:
+    ctx = context(store)
+    found = LEARN.run(allocated, ctx)
+    rounding = found.attrs["rounding"]
+    assert isinstance(rounding, dict) and rounding["after"] < 0.9 * rounding["before"]
+    assert kl_of(found, ctx) < 0.85 * kl_of(allocated, ctx)
+
+
+def test_formats_stay_and_codes_fit(allocated: Module, store: WeightStore) -> None:
+    found = LEARN.run(allocated, context(store))
+    changed = 0
+    for name, before in allocated.weights.items():
+        after = found.weights[name]
+        assert after.attrs.get("format") == before.attrs.get("format") and after.digest == before.digest
+        if before.attrs.get("role") != "block":
+            assert after == before
+            continue
+        format_ = str(before.attrs["format"])
+        old, new = (
+            Quantized.from_arrays(parse_format(format_), store.get(candidates_of(w)[format_]))
+            for w in (before, after)
+        )
+        changed += not torch.equal(old.codes, new.codes)
+        assert new.codes.max() <= new.format.levels and new.scales.dtype == torch.float16
+        assert old.zeros is not None and new.zeros is not None and torch.equal(old.zeros, new.zeros)
+    assert changed >= 10
+
+
+def test_quantize_stores_what_was_learnt(allocated: Module, store: WeightStore) -> None:
+    found = LEARN.run(allocated, context(store))
+    stored = Quantize().run(found, context(store))
+    for name, weight in found.weights.items():
+        if "format" in weight.attrs:
+            assert stored.weights[name].digest == candidates_of(weight)[str(weight.attrs["format"])]
+
+
+def test_equal_seeds_equal_codes(allocated: Module, store: WeightStore) -> None:
+    same = [to_text(LEARN.run(allocated, context(store, seed=seed))) for seed in (0, 0, 1)]
+    assert same[0] == same[1] != same[2]
+
+
+def test_a_block_that_gains_nothing_stays(
+    allocated: Module, store: WeightStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gammac.passes.finetune.learn_rounding._Learner._error", lambda *_: 0.25)
+    found = LEARN.run(allocated, context(store))
+    assert found.weights == allocated.weights
+    assert found.attrs["rounding"] == {"before": 0.25, "after": 0.25}
+
+
+def test_a_killed_run_goes_on_behind_the_last_block(
+    allocated: Module, store: WeightStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = to_text(LEARN.run(allocated, context(store)))
+    ctx, original, learnt = context(store, tmp_path), PassCache.record, list[str]()
+
+    def dying(self: PassCache, key: str, compute: Any) -> dict[str, Any]:
+        if not self.has_record(key):
+            learnt.append(key)
+            if len(learnt) == 3:
+                raise KeyboardInterrupt
+        return original(self, key, compute)
+
+    monkeypatch.setattr(PassCache, "record", dying)
+    with pytest.raises(KeyboardInterrupt):
+        LEARN.run(allocated, ctx)
+    assert to_text(LEARN.run(allocated, ctx)) == whole
+    assert len(set(learnt)) == 3 and len(learnt) == 4, "before the blocks, and two blocks, one of them twice"
+
+
+def test_wrong_wishes_are_refused(allocated: Module, store: WeightStore) -> None:
+    with pytest.raises(CompileError, match="steps is at least 1"):
+        LearnRounding(steps=0)
+    with pytest.raises(CompileError, match="calibration text"):
+        LEARN.run(allocated, dataclasses.replace(context(store), calibration=None))
+    with pytest.raises(CompileError, match="full-precision inputs"):
+        default_pipeline(Choices(learn_rounding=True, inputs="quantized"), "onnx", compiler=True)
+
+
+def test_without_a_choice_nothing_is_learnt(store: WeightStore) -> None:
+    """A module whose blocks have no formats: nothing to do, and nothing claimed."""
+    passes = (Candidates("w4g32", "w8g32", "rtn"), WeightMse(), Allocate(budget="4", tie=False))
+    module = Pipeline(passes).run(llama(store), context(store))
+    bare = module.with_weights(
+        *(
+            dataclasses.replace(w, attrs={k: v for k, v in w.attrs.items() if k != "role"})
+            for w in module.weights.values()
+        )
+    )
+    found = LEARN.run(bare, context(store))
+    assert "rounding" not in found.attrs and math.isfinite(kl_of(found, context(store)))
