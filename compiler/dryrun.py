@@ -20,6 +20,7 @@ from gammac.passes.allocate import Allocate
 from gammac.passes.candidates import Candidates
 from gammac.passes.collect_grams import CollectGrams
 from gammac.passes.collect_guided_grams import CollectGuidedGrams
+from gammac.passes.finetune import LearnRounding
 from gammac.passes.sensitivity import Amq, DeltaLoss, Fisher, Gamma, GreedyKl, Hawq
 from gammac.passes.sensitivity.scores import grid_noise
 from gammac.pipeline import Context, Pass, Pipeline
@@ -93,6 +94,9 @@ def _seconds(plan: Plan, module: Module, tokens: int) -> float:
     gemm += 2 * min(tokens, windows * plan.request.calibration_length) * every * products
     for refine in refine_of(plan.request.choices):
         gemm += 2 * refine.windows * plan.request.calibration_length * every * (1 + 5 * refine.rounds)
+    if plan.request.choices.learn_rounding:
+        learn = LearnRounding()
+        gemm += 2 * block * (3 * learn.steps * learn.batch * plan.request.calibration_length + 4 * tokens)
     sweeps = every * formats * SWEEP_NANOSECONDS * 1e-9
     return plan.capture_seconds + gemm / _flops() + sweeps + every * 1e-8
 

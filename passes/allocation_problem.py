@@ -142,7 +142,7 @@ def _hush() -> None:
     saved, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 1)
-        highspy.Highs()
+        highspy.Highs()  # type: ignore[no-untyped-call]
         ctypes.CDLL(None).fflush(None)  # what C still holds back would come out later
     finally:
         os.dup2(saved, 1)

@@ -19,10 +19,10 @@ def randomized(size: int, seed: int) -> Tensor:
     found = hadamard(size)
     if found is None:
         gaussian = torch.randn(size, size, generator=generator, dtype=torch.float64)
-        q, r = torch.linalg.qr(gaussian)
-        return q * r.diagonal().sign()
+        factors = torch.linalg.qr(gaussian)
+        return torch.mul(factors.Q, factors.R.diagonal().sign())
     signs = torch.randint(0, 2, (size,), generator=generator, dtype=torch.float64) * 2 - 1
-    return signs[:, None] * found / size**0.5
+    return torch.mul(signs[:, None], found / size**0.5)
 
 
 @cache

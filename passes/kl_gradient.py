@@ -90,7 +90,7 @@ class MeanKl(torch.autograd.Function):
         """A scalar; some positions at a time."""
         total, gradient = 0.0, torch.empty_like(log_p)
         positions = log_p[..., 0].numel()
-        flat = (t.flatten(0, -2).split(ROWS) for t in (logits, log_p, gradient))
+        flat = (torch.split(t.flatten(0, -2), ROWS) for t in (logits, log_p, gradient))
         for z, p, g in zip(*flat, strict=True):
             log_q, chance = z.float().log_softmax(-1), p.exp()
             total += float(torch.dot(chance.flatten(), (p - log_q).flatten()))
@@ -145,7 +145,7 @@ class _Run:
 
     def _loss(self, logits: Tensor, batch: int) -> Tensor:
         """The mean KL over a batch's predicted positions."""
-        kl = MeanKl.apply(logits[:, :-1], self.full.log_p(batch))
+        kl: Any = MeanKl.apply(logits[:, :-1], self.full.log_p(batch))  # type: ignore[no-untyped-call]
         assert isinstance(kl, Tensor)
         self.kl[batch] = float(kl.detach())
         return kl

@@ -88,9 +88,10 @@ def _predicted(module: Module, formats: Formats, kl: float, slopes: Slopes) -> S
     """Weight name → format name → predicted change of the KL if this one weight gets that format.
 
     The slope, and what the step adds by itself: errors of two formats have little to do with each other,
-    so it is the sum of both scores, in units such that the scores of the allocation sum up to its KL.
+    so it is the sum of both losses, in units such that the losses of the allocation sum up to its KL. What
+    the others do to a weight is in the slope already: where scores have it in them, `losses_alone` is taken.
     """
-    scores = {name: _scores(module, name) for name in formats}
+    scores = {name: _losses(module, name) for name in formats}
     unit = kl / max(math.fsum(scores[name][format_] for name, format_ in formats.items()), 1e-30)
     found: Slopes = {}
     for name, now in formats.items():
@@ -100,10 +101,11 @@ def _predicted(module: Module, formats: Formats, kl: float, slopes: Slopes) -> S
     return found
 
 
-def _scores(module: Module, name: str) -> dict[str, float]:
-    scores = module.weights[name].attrs["scores"]
-    assert isinstance(scores, Mapping)
-    return {str(format_): float(str(score)) for format_, score in scores.items()}
+def _losses(module: Module, name: str) -> dict[str, float]:
+    attrs = module.weights[name].attrs
+    found = attrs.get("losses_alone", attrs["scores"])
+    assert isinstance(found, Mapping)
+    return {str(format_): float(str(loss)) for format_, loss in found.items()}
 
 
 def _proposal(

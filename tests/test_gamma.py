@@ -30,6 +30,7 @@ from gammac.passes.sensitivity import STRATEGIES
 from gammac.passes.sensitivity.gamma import Gamma, block_loss
 from gammac.passes.sensitivity.gamma_interactions import LEAST, SHARE, shrunk
 from gammac.passes.sensitivity.gamma_preferences import Lines, Preferences, gumbel_softmax
+from gammac.passes.sensitivity.gamma_steps import SteppedPreferences
 from gammac.passes.sensitivity.gamma_teacher import Teacher
 from gammac.passes.sensitivity.scores import candidate, candidates_of, falling
 from gammac.pipeline import Context, Pipeline
@@ -474,10 +475,12 @@ def test_interactions_are_what_they_say(
         return found
 
     monkeypatch.setattr(KlGradient, "measure_each", measure_each)
-    among = scores_of(Gamma(**{**QUICK, "draws": 4}).run(module, ctx))
+    learnt = Gamma(**{**QUICK, "draws": 4}).run(module, ctx)
+    among = scores_of(learnt)
     assert len(seen) == 4 and all(formats.keys() == alone.keys() for formats, _ in seen)
     assert len({tuple(formats.values()) for formats, _ in seen}) > 1
     for name, own in alone.items():
+        assert learnt.weights[name].attrs["losses_alone"] == pytest.approx(own, rel=1e-5)
         for format_, loss in own.items():
             values = [
                 slopes[name][format_] - slopes[name][""] - 2 * loss * (formats[name] == format_)
@@ -614,3 +617,77 @@ def test_a_next_token_is_needed(small: tuple[Module, Context]) -> None:
 )
 def test_scores_that_rise_with_the_bits_are_pooled(given: dict[str, float], wanted: dict[str, float]) -> None:
     assert falling(given) == wanted and list(falling(given)) == list(given)
+
+
+# ---- logits by steps ----------------------------------------------------------------------------
+
+
+def stepped(optimizer: str, target: float = 3.0, rate: float = 0.02) -> SteppedPreferences:
+    """Two modules of one size, one of which loses a hundred times as much, after many samples."""
+    found = SteppedPreferences(
+        {"much": WIDTHS, "little": WIDTHS}, {"much": 0.5, "little": 0.5}, target,
+        memory=0.98, growth=1.5, augmented=True, optimizer=optimizer, rate=rate,
+    )  # fmt: skip
+    losses = {"much": 100.0 * 4.0 ** -torch.tensor(WIDTHS).double()}
+    losses["little"] = losses["much"] / 100
+    generator = seeded(11)
+    for _ in range(40):
+        for _ in range(20):
+            for name, own in losses.items():
+                found.learn(name, found.sample(name, 1.0, generator, hard=True), own)
+        found.settle(1.0, 0.1)
+    return found
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "global", "adam"])
+def test_steps_prefer_wide_formats_where_more_is_lost(optimizer: str) -> None:
+    found = stepped(optimizer)
+    bits = torch.tensor(WIDTHS).double()
+    much, little = (float(torch.softmax(found.logits(n), -1) @ bits) for n in ("much", "little"))
+    assert much > little
+    assert abs(found.excess(1.0)) < 2.5, "steps are pulled towards the target"
+
+
+def test_adam_forgets_magnitudes_and_one_second_moment_does_not() -> None:
+    """How far the first step's logits of the two modules differ, whose gradients differ a hundredfold."""
+    spreads = {}
+    for optimizer in ("global", "adam"):
+        found = SteppedPreferences(
+            {"much": WIDTHS, "little": WIDTHS}, {"much": 0.5, "little": 0.5}, 3.0,
+            memory=0.98, growth=1.5, augmented=True, optimizer=optimizer, rate=0.1,
+        )  # fmt: skip
+        generator = seeded(3)
+        for name, scale in (("much", 100.0), ("little", 1.0)):
+            p = found.sample(name, 1.0, generator, hard=False)
+            found.learn(name, p, scale * 4.0 ** -torch.tensor(WIDTHS).double())
+        spreads[optimizer] = {n: float(found.logits(n).abs().max()) for n in found.bits}
+    assert spreads["adam"]["little"] == pytest.approx(spreads["adam"]["much"], rel=0.01)
+    assert spreads["global"]["little"] < 0.1 * spreads["global"]["much"]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "global", "adam"])
+def test_a_stepped_state_survives_json(optimizer: str) -> None:
+    found = stepped(optimizer)
+    again = SteppedPreferences(
+        found.bits, found.shares, found.target, 0.98, 1.5, True, optimizer=optimizer, rate=0.02
+    )
+    again.restore(json.loads(json.dumps(found.state())))
+    assert again.state() == found.state()
+    for preferences_ in (found, again):
+        p = preferences_.sample("much", 1.0, seeded(4), hard=True)
+        preferences_.learn("much", p, torch.ones(4, dtype=torch.float64))
+    assert again.state() == found.state()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "global", "adam"])
+def test_stepped_scores_are_losses(small: tuple[Module, Context], optimizer: str) -> None:
+    """They fall with the bits, in the units of those on lines."""
+    module, ctx = small
+    lines = scores_of(Gamma(**QUICK).run(module, ctx))
+    steps = scores_of(Gamma(**QUICK, optimizer=optimizer).run(module, ctx))
+    assert steps.keys() == lines.keys() and steps != lines
+    for own in steps.values():
+        values = [own[f] for f in sorted(own, key=parse_format)]
+        assert values == sorted(values, reverse=True) and values[-1] >= 0
+    total = [sum(max(own.values()) for own in found.values()) for found in (lines, steps)]
+    assert 0.1 < total[1] / total[0] < 10

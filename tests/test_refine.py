@@ -22,7 +22,7 @@ from gammac.passes.allocation_search import upgraded
 from gammac.passes.candidates import Candidates
 from gammac.passes.kl_gradient import FULL, KlGradient
 from gammac.passes.options import parse_passes
-from gammac.passes.refine import Refine
+from gammac.passes.refine import Refine, _predicted
 from gammac.passes.sensitivity import Fisher, Gamma
 from gammac.passes.sensitivity.random_feasible import RandomFeasible
 from gammac.passes.sensitivity.scores import candidate, candidates_of
@@ -135,6 +135,23 @@ def test_slopes_are_worked_out_only_below(prepared: tuple[Module, Context]) -> N
     kl, slopes = gradient.measure(wanted, "", math.inf)
     assert gradient.measure(wanted, "", kl) == (kl, {}), "as high is not below"
     assert gradient.measure(wanted, "", kl * 1.01) == (kl, slopes) and slopes
+
+
+def test_what_a_step_adds_is_what_weights_lose_alone(scored: dict[str, Module]) -> None:
+    """Scores may have in them what the others do; the slope has that already."""
+    module = scored["fisher"]
+    now = {n: next(iter(candidates_of(w))) for n, w in module.weights.items() if "scores" in w.attrs}
+    slopes = {n: {f: 0.25 for f in candidates_of(module.weights[n])} for n in now}
+    alone = {n: {f: 0.5 + i for i, f in enumerate(candidates_of(module.weights[n]))} for n in now}
+    known = module.with_weights(*(module.weights[n].with_attrs(losses_alone=own) for n, own in alone.items()))
+    found = _predicted(known, now, 2.0, slopes)
+    unit = 2.0 / sum(alone[n][now[n]] for n in now)
+    for name, own in found.items():
+        for format_, change in own.items():
+            stays = format_ == now[name]
+            expected = 0.0 if stays else 0.25 + unit * (alone[name][format_] + alone[name][now[name]])
+            assert change == pytest.approx(expected)
+    assert _predicted(module, now, 2.0, slopes) != found
 
 
 # ---- what it keeps ------------------------------------------------------------------------------

@@ -2,14 +2,16 @@
 
     weight @up : f32[512,192] = sha256:… {role = "block", candidates = {w2g64 = "sha256:…", …}}
 ->
-    weight @up : f32[512,192] = sha256:… {role = "block", candidates = {…}, scores = {w2g64 = 0.0125, …}}
+    weight @up : f32[512,192] = sha256:… {role = "block", candidates = {…}, scores = {w2g64 = 0.0125, …},
+        losses_alone = {w2g64 = 0.0118, …}}
     and the module's attribute `gamma` = {excess_bits = 0.001, price = 0.8}
 
 Block by block against the full-precision model (teacher forcing: a block reads the teacher's state and
 is compared with the teacher's output), each linear is a Gumbel-softmax mixture of its candidates, and one
 augmented Lagrangian holds the average bits of all blocks at the target. `gamma_preferences` has the
 equations. A score is the loss that was learnt, in nats a token, free of the price of bits; so it serves
-every budget. Embedding and head have no other module in their segment: their losses are measured.
+every budget. `losses_alone` is what teacher forcing learnt, `scores` what that makes among the errors of
+all others. Embedding and head have no other module in their segment: their losses are measured.
 """
 
 from collections.abc import Callable, Mapping
@@ -130,23 +132,29 @@ class Gamma:
                 return learner.preferences.state()
 
             learner.preferences.restore(ctx.cache.record(key_of(key, str(sweep)), learn))
-        alone = learner.losses()
+        alone = among = learner.losses()
         if self.draws and alone:
-            alone = with_interactions(alone, module, learner.preferences, self.draws, self.cold, key, ctx)
+            among = with_interactions(alone, module, learner.preferences, self.draws, self.cold, key, ctx)
         tables = ctx.cache.record(key_of(key, "tables"), lambda: _measured(module, teacher(), ctx))
-        scores = {**tables, **alone}
+        scores = {**tables, **among}
         found = learner.preferences
         scored = module.with_weights(
-            *(
-                module.weights[n].with_attrs(scores={f: rounded(x) for f, x in falling(s).items()})
-                for n, s in scores.items()
-            )
+            *(module.weights[n].with_attrs(scores=_written(own)) for n, own in scores.items())
         )
+        if among is not alone:
+            scored = scored.with_weights(
+                *(scored.weights[n].with_attrs(losses_alone=_written(own)) for n, own in alone.items())
+            )
         if not found.bits:
             return scored
         return scored.with_attrs(
             gamma={"excess_bits": rounded(found.violation), "price": rounded(found.price)}
         )
+
+
+def _written(losses: Mapping[str, float]) -> dict[str, float]:
+    """As an attribute: never rising with the bits, and of a few digits."""
+    return {f: rounded(x) for f, x in falling(losses).items()}
 
 
 def _learnt(module: Module) -> dict[str, Weight]:
