@@ -47,7 +47,7 @@ class LearnRounding:
     reads: ClassVar[tuple[str, ...]] = ("calibration", "seed")
     requires: ClassVar[tuple[Invariant, ...]] = (weights_have_candidates, weights_have_formats)
     ensures: ClassVar[tuple[Invariant, ...]] = (weights_have_candidates, weights_have_formats)
-    steps: int = 100
+    steps: int = 60
     batch: int = 4
     rate: float = 0.0
     scale_rate: float = 0.002
@@ -70,9 +70,10 @@ class LearnRounding:
         learner = _Learner(self, module, ctx, ctx.calibration.tokens)
         errors: list[tuple[float, float]] = []
         for index in ctx.progress(range(len(learner.teacher.segments) - 1), "learning to round"):
+            learner.advance(learner.teacher, index, learner.full)
             found = ctx.cache.record(key_of(key, str(index)), partial(learner.learn, index))
             learner.adopt(found["digests"])
-            learner.advance(index)
+            learner.advance(learner.student, index, learner.allocated)
             if "before" in found:
                 errors.append((found["before"], found["after"]))
         if not errors:
@@ -122,18 +123,16 @@ class _Learner:
             weights.append(weight.with_attrs(candidates=candidates))
         self.module = self.module.with_weights(*weights)
 
-    def advance(self, index: int) -> None:
-        """Both models through a segment, for the next one to read."""
-        segment = self.teacher.segments[index]
-        for stream, source in ((self.teacher, self.full), (self.student, self.allocated)):
-            weights = _kept(source)
-            for batch in range(len(stream.batches)):
-                env = stream.load(index, batch)
-                with torch.no_grad():
-                    keep = stream.segments[index + 1].live_in
-                    run_ops(segment.ops, env, stream.sizes[batch], weights, keep=keep)
-                stream.save(index + 1, batch, env)
-            stream.forget(index)
+    def advance(self, stream: Stream, index: int, source: Weights) -> None:
+        """One of the models through a segment over all batches, for the next one to read."""
+        segment, weights = stream.segments[index], _kept(source)
+        for batch in range(len(stream.batches)):
+            env = stream.load(index, batch)
+            with torch.no_grad():
+                keep = stream.segments[index + 1].live_in
+                run_ops(segment.ops, env, stream.sizes[batch], weights, keep=keep)
+            stream.save(index + 1, batch, env)
+        stream.forget(index)
 
     # ---- one block ------------------------------------------------------------------------------
 
@@ -143,31 +142,27 @@ class _Learner:
         names = _learnable(segment, self.module)
         if not names:
             return {"digests": {}}
-        full = _kept(self.full)
-        wanted = {b: self._wanted(segment, index, b, full) for b in range(len(self.teacher.batches))}
         start = {n: self.codes(n) for n in names}
         latents = {n: Latents(self.full(n), start[n]) for n in names}
         fixed = _kept(self.allocated)
-        before = self._error(segment, index, {n: q.dequantize() for n, q in start.items()}, fixed, wanted)
+        before = self._error(segment, index, start, fixed)
         generator = torch.Generator().manual_seed(self.ctx.seed * 7919 + index)
         count = max(1, self.options.batch // BATCH_WINDOWS)
         for step in range(self.options.steps):
             picked = torch.randint(len(self.used), (count,), generator=generator).tolist()
             left = 1 - step / self.options.steps
-            self._step(segment, index, [self.used[i] for i in picked], latents, fixed, wanted, left)
+            self._step(segment, index, [self.used[i] for i in picked], latents, fixed, left)
         learnt = {n: x.quantized() for n, x in latents.items()}
-        after = self._error(segment, index, {n: q.dequantize() for n, q in learnt.items()}, fixed, wanted)
+        after = self._error(segment, index, learnt, fixed)
         if after >= before:
             return {"digests": {}, "before": before, "after": before}
         digests = {n: self.ctx.store.put(q.arrays()) for n, q in learnt.items()}
         return {"digests": digests, "before": before, "after": after}
 
-    def _wanted(self, segment: Segment, index: int, batch: int, full: Weights) -> Env:
+    def _wanted(self, segment: Segment, index: int, batch: int) -> Env:
         """What the full-precision block puts out on full-precision inputs."""
-        env = self.teacher.load(index, batch)
-        with torch.no_grad():
-            run_ops(segment.ops, env, self.teacher.sizes[batch], full, keep=segment.live_out)
-        return {v: env[v] for v in segment.live_out}
+        following = self.teacher.load(index + 1, batch)
+        return {v: following[v] for v in segment.live_out if v in following}
 
     def _put_out(self, segment: Segment, index: int, batch: int, weights: Weights) -> Env:
         env = self.student.load(index, batch)
@@ -176,29 +171,28 @@ class _Learner:
 
     def _step(
         self, segment: Segment, index: int, batches: list[int], latents: Mapping[str, "Latents"],
-        fixed: Weights, wanted: Mapping[int, Env], left: float,
+        fixed: Weights, left: float,
     ) -> None:  # fmt: skip
         leaves = {n: x.quantized().dequantize().requires_grad_() for n, x in latents.items()}
         loss = torch.zeros(())
         for batch in batches:
             out = self._put_out(segment, index, batch, lambda n: leaves[n] if n in leaves else fixed(n))
-            loss = loss + _squared(out, wanted[batch])
+            loss = loss + _squared(out, self._wanted(segment, index, batch))
         gradients = torch.autograd.grad(loss, list(leaves.values()))
         rate = self.options.rate or 1 / self.options.steps
         for x, gradient in zip(latents.values(), gradients, strict=True):
             x.move(gradient, rate * left, self.options.scale_rate * left)
 
-    def _error(
-        self, segment: Segment, index: int, tried: Mapping[str, Tensor], fixed: Weights,
-        wanted: Mapping[int, Env],
-    ) -> float:  # fmt: skip
+    def _error(self, segment: Segment, index: int, tried: Mapping[str, Quantized], fixed: Weights) -> float:
         """Relative squared error on the batches that are set apart."""
+        weights = {n: q.dequantize() for n, q in tried.items()}
         lost = size = 0.0
         for batch in self.apart:
+            wanted = self._wanted(segment, index, batch)
             with torch.no_grad():
-                out = self._put_out(segment, index, batch, lambda n: tried[n] if n in tried else fixed(n))
-            lost += float(_squared(out, wanted[batch]))
-            size += float(sum(t.square().sum() for t in wanted[batch].values()))
+                out = self._put_out(segment, index, batch, lambda n: weights[n] if n in weights else fixed(n))
+            lost += float(_squared(out, wanted))
+            size += float(sum(t.square().sum() for t in wanted.values()))
         return lost / max(size, 1e-30)
 
 
