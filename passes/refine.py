@@ -10,7 +10,7 @@
 Scores know a module alone; this pass knows what the modules do to each other. Each round takes one
 gradient of KL(full precision ‖ allocated) at the allocated model, predicts from it what every change of
 a format would do, solves the integer program once more for the best few changes within the same
-budgets, and keeps them if the KL really falls. The number of rounds bounds the time.
+budgets, and keeps them if the KL really falls; else it tries fewer. The number of rounds bounds the time.
 """
 
 import math
@@ -28,12 +28,14 @@ from gammac.passes.quantize import weights_have_formats
 from gammac.passes.sensitivity.scores import check_range, rounded, scoring_tokens, weights_have_scores
 from gammac.pipeline import Context, Invariant
 
+TRIES: Final = 4  # proposals from one gradient
 SWAP: Final = 2  # decisions: with a single one nothing gets wider where a budget is used up
 
 
 @dataclass(frozen=True)
 class Refine:
-    """At most `share` of the decisions change in a round; `windows` of the calibration text are used.
+    """At most `share` of the decisions change in a round, fewer where that many don't help; `windows` of the
+    calibration text are used. A round is one gradient and at most four proposals.
 
     `budget`, `tie` and `extra_bytes` must be those of the allocation.
     """
@@ -69,19 +71,27 @@ class Refine:
         first, slopes = gradient.measure(formats, "refining", below=math.inf)
         best, kl, moves = formats, first, max(SWAP, round(self.share * len(rows)))
         for round_ in range(1, self.rounds + 1):
-            proposal = _proposal(best, _predicted(module, best, kl, slopes), rows, limits, moves)
-            if proposal == best:
-                break
+            predicted = _predicted(module, best, kl, slopes)
             below = kl if round_ < self.rounds else 0.0  # nobody asks for the last one's slopes
-            found, next_slopes = gradient.measure(proposal, f"refining, round {round_}", below)
-            if found < kl:
-                best, kl, slopes = proposal, found, next_slopes
+            for fewer in _fewer(moves):
+                proposal = _proposal(best, predicted, rows, limits, fewer)
+                if proposal == best:
+                    continue
+                found, next_slopes = gradient.measure(proposal, f"refining, round {round_}", below)
+                if found < kl:
+                    best, kl, slopes, moves = proposal, found, next_slopes, fewer
+                    break
             else:
-                moves = max(SWAP, moves // 4)
+                break
         refined = with_formats(module, best, ctx.target, self.extra_bytes)
         changed = sum(best[name] != formats[name] for name in formats)
         found_out = {"kl_before": rounded(first), "kl_after": rounded(kl), "changed": changed}
         return refined.with_attrs(refinement=found_out)
+
+
+def _fewer(moves: int) -> list[int]:
+    """So many changes, then half and so on: the fewer, the truer is what a gradient says of them."""
+    return list(dict.fromkeys(max(SWAP, moves >> halvings) for halvings in range(TRIES)))
 
 
 def _predicted(module: Module, formats: Formats, kl: float, slopes: Slopes) -> Slopes:
