@@ -61,6 +61,23 @@ def fails(result: Result, *said: str) -> None:
 # ---- the main job -------------------------------------------------------------------------------
 
 
+def test_everything_that_helps_few_bits_together(gammac: Run, tmp_path: Path) -> None:
+    """Rotated, guided, learnt: the artifact that comes of it is checked against the original, and runs."""
+    said = gammac(
+        "compile", "tiny", "--rotate", "--guided", "--learn-rounding", "--strategy", "fisher{windows=4}",
+        "--refine", "--budget", 2.5, "-o", tmp_path / "out", "--dump-ir", tmp_path / "ir", *QUICK,
+    )  # fmt: skip
+    assert said.exit_code == 0, said.output
+    assert "2 weights stay f32: rotation, rotation-back" in said.output
+    module = parse((tmp_path / "out" / "module.gir").read_text())
+    rounding = module.attrs["rounding"]
+    assert isinstance(rounding, dict) and rounding["after"] < rounding["before"]
+    names = [path.stem.partition("-")[2] for path in sorted((tmp_path / "ir").iterdir())]
+    assert names.index("rotate") < names.index("collect_guided_grams") < names.index("learn_rounding")
+    text = gammac("run", tmp_path / "out", "--prompt", "The history of", "--max-new-tokens", 8)
+    assert text.exit_code == 0 and text.stdout.strip()
+
+
 def test_the_artifact_keeps_its_promises(artifact: Path) -> None:
     manifest = json.loads((artifact / "manifest.json").read_text())
     assert manifest["payload_bits"] <= 3.0
