@@ -210,7 +210,7 @@ class Learner:
         title = f"gamma, sweep {sweep + 1} of {options.sweeps}"
         for index in self.ctx.progress(range(len(self.teacher.segments) - 1), title):
             self._visit(sweep, index, temperature, student)
-        self.preferences.settle(temperature, options.penalty)
+        self.preferences.settle(temperature, options.penalty, MULTIPLIER_STEPS)
 
     def _visit(self, sweep: int, index: int, temperature: float, student: Stream) -> None:
         weights = SegmentWeights(self.module, self.ctx.store)
