@@ -47,7 +47,7 @@ class StrategyOption(click.Option):
     "--learn-rounding/--no-learn-rounding",
     default=False,
     show_default=True,
-    help="Learn codes and scales block by block behind the allocation: minutes, and the most for few bits.",
+    help="Learn codes and scales block by block behind the allocation: minutes, and worth them at few bits.",
 )
 @shared_options
 @click.option("--seed", default=0, show_default=True)

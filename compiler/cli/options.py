@@ -52,7 +52,7 @@ OPTIONS: Final = (
         "--rotate/--no-rotate",
         default=False,
         show_default=True,
-        help="Rotate the residual stream and the heads' values first, so that few weights stand out.",
+        help="Rotate the residual stream and the heads' values first: few weights stand out then.",
     ),
     click.option(
         "--tie/--no-tie",
