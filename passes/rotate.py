@@ -71,7 +71,7 @@ def _turned(weight: Weight, turn: Turn, ctx: Context) -> Weight:
 class _RotatedStream:
     module_: Module
     ctx: Context
-    stream: set[Value] = field(default_factory=set)
+    stream: dict[Value, None] = field(default_factory=dict)  # in an order, so that errors repeat
     changed: dict[str, Weight] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -92,11 +92,10 @@ class _RotatedStream:
             )
         for norm in norms:
             self._collect(norm.operands[0], norm)
-        writers = {self.producers[v] for v in self.stream if self.producers[v].name == "linear"}
-        for op in writers:
-            self._write(op)
         for value in self.stream:
             self._check_readers(value)
+            if self.producers[value].name == "linear":
+                self._write(self.producers[value])
         turned = {norm for norm in norms if self._absorb(norm)}
         rotation, back = self._matrix(ROTATION, self.r.T), self._matrix(BACK, self.r)
         entrances = [self.producers[v] for v in self.stream if self.producers[v].name == "embedding"]
@@ -136,7 +135,7 @@ class _RotatedStream:
         assert isinstance(value, Value)
         if value in self.stream:
             return
-        self.stream.add(value)
+        self.stream[value] = None
         if producer.name in ("residual_add", "scale"):
             for operand in producer.operands:
                 self._collect(operand, producer)
