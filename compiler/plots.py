@@ -119,9 +119,9 @@ def _logarithmic(axes: Axes) -> None:
 # ---- where the bits went ------------------------------------------------------------------------
 
 
-def widths(sweep: Sweep, row: Row) -> dict[int, int]:
+def widths(sweep: Sweep, row: Row) -> dict[float, int]:
     """Bits of a code → parameters of the block linears that got them, narrow ones first."""
-    found: dict[int, int] = defaultdict(int)
+    found: dict[float, int] = defaultdict(int)
     for name, parameters in sweep.parameters.items():
         found[parse_format(row.assignment[name]).bits] += parameters
     return dict(sorted(found.items()))
@@ -199,9 +199,9 @@ def _projection(weight: str) -> str:
     return without_block(weight.partition(".weight")[0])
 
 
-def _colour(bits: int) -> Any:
+def _colour(bits: float) -> Any:
     """One colour a width, the same in every figure: dark is narrow."""
-    return colormaps["viridis"](WIDTHS[bits])
+    return colormaps["viridis"](WIDTHS[max(1, round(bits))])
 
 
 def _hide_rest(panels: Any) -> None:

@@ -120,7 +120,7 @@ class FormatWeights:
         if not format_:
             return load_float(weight, self.store)
         arrays = self.store.get(_candidates(weight)[format_])
-        return Quantized.from_arrays(parse_format(format_), arrays).dequantize()
+        return Quantized(parse_format(format_), arrays).dequantize()
 
 
 class _Trials:

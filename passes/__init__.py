@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from gammac.diagnostics import CompileError
+from gammac.formats import INTEGER, parse_formats
 from gammac.passes.allocate import Allocate
 from gammac.passes.candidates import Candidates
 from gammac.passes.collect_grams import CollectGrams
@@ -17,7 +18,7 @@ from gammac.passes.keep_precision import KeepPrecision
 from gammac.passes.legalize_onnx import LegalizeOnnx
 from gammac.passes.options import parse_strategy
 from gammac.passes.quantize import Quantize
-from gammac.passes.quantizers import make_quantizer
+from gammac.passes.quantizers import QUANTIZERS, make_quantizer
 from gammac.passes.raise_patterns import RaisePatterns
 from gammac.passes.refine import Refine
 from gammac.passes.rotate import Rotate
@@ -79,6 +80,20 @@ def refine_of(choices: Choices, extra_bytes: int = 0) -> tuple[Refine, ...]:
     return (replace(refine, budget="", tie=choices.tie, extra_bytes=extra_bytes),)
 
 
+def _check_kinds(choices: Choices) -> None:
+    """Raises CompileError for formats of the blocks that the quantizer, or what follows, does not write."""
+    formats, kinds = parse_formats(choices.block), make_quantizer(choices.quantizer).kinds
+    foreign = [f for f in formats if f.kind not in kinds]
+    if foreign:
+        able = [name for name, q in QUANTIZERS.items() if foreign[0].kind in q.kinds]
+        raise CompileError(
+            f"{choices.quantizer} does not write {', '.join(f.name for f in foreign)}",
+            hint=f"--quantizer {' or '.join(able)} does",
+        )
+    if choices.learn_rounding and any(f.kind != INTEGER for f in formats):
+        raise CompileError("learn_rounding learns integer codes only", hint="choose formats such as w3g64")
+
+
 def default_pipeline(
     choices: Choices, emitter: str, *, compiler: bool, extra_bytes: int = 0
 ) -> tuple[Pass, ...]:
@@ -97,6 +112,7 @@ def default_pipeline(
             "learn_rounding starts from the candidates, which have full-precision inputs",
             hint="leave out --inputs quantized: learning reads what quantized blocks put out anyway",
         )
+    _check_kinds(choices)
     collect = CollectGuidedGrams() if choices.guided else CollectGrams()
     if choices.guided and choices.inputs != "full":
         raise CompileError(

@@ -54,7 +54,7 @@ class Candidates:
         quantizer = make_quantizer(
             self.quantizer, clip=self.clip, act_order=self.act_order, damping=self.damping
         )
-        stacks = list(_stacks(module).values())
+        stacks = list(_stacks(module, quantizer).values())
         found: dict[str, dict[str, Any]] = {}
         for stack in ctx.progress(stacks, f"quantizing ({self.quantizer})"):
             formats = self.formats_for(stack[0], ctx)
@@ -94,12 +94,12 @@ class Candidates:
         return usable
 
 
-def _stacks(module: Module) -> dict[str, list[Weight]]:
+def _stacks(module: Module, quantizer: Quantizer) -> dict[str, list[Weight]]:
     """Weights that read the same input, by the digest of its Gram matrix; others stand alone."""
     stacks: dict[str, list[Weight]] = {}
     for weight in module.weights.values():
         if "role" in weight.attrs:
-            alone = weight.attrs["role"] == "table" or "gram" not in weight.attrs
+            alone = weight.attrs["role"] == "table" or "gram" not in weight.attrs or not quantizer.stacks
             stacks.setdefault(weight.name if alone else str(weight.attrs["gram"]), []).append(weight)
     return stacks
 
@@ -123,7 +123,8 @@ def quantize_stack(
     """Weight name → digests and errors by format."""
     floats = [ctx.store.tensor(w.digest) for w in stack]
     gram = gram_of(stack[0], ctx) if gram is None else gram
-    if gram is None and quantizer.needs_gram:
+    foreign = stack[0].attrs["role"] == "table" and {f.kind for f in formats} - set(quantizer.kinds)
+    if foreign or (gram is None and quantizer.needs_gram):
         quantizer = make_quantizer("rtn")  # an embedding that no linear reads has no inputs to weigh
     results = quantizer.quantize(torch.cat(floats), gram, formats)
     found: dict[str, Any] = {w.name: {"candidates": {}, "errors": {}} for w in stack}
@@ -132,7 +133,7 @@ def quantize_stack(
         for weight, values in zip(stack, floats, strict=True):
             part = whole.rows(start, start + len(values))
             start += len(values)
-            found[weight.name]["candidates"][format_.name] = ctx.store.put(part.arrays())
+            found[weight.name]["candidates"][format_.name] = ctx.store.put(part.parts)
             error = output_error(values, part.dequantize(), gram)
             found[weight.name]["errors"][format_.name] = float(f"{error:.6g}")
     return found

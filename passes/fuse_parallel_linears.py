@@ -65,6 +65,9 @@ def _parallel(function: Function, module: Module) -> list[list[Op]]:
         if len(op.operands) == 3 and op.weight(2) is None:
             continue
         weight = module.weights[ref.name]
+        format_ = stored_format(weight)
+        if format_ is not None and not format_.by_rows:
+            continue
         key = (op.operands[0], weight.attrs.get("stored"), weight.attrs.get("role"), len(op.operands))
         groups.setdefault(key, []).append(op)
     return [group for group in groups.values() if len(group) > 1]
@@ -95,7 +98,7 @@ def _joined(weights: list[Weight], store: WeightStore, made: dict[str, Weight]) 
         if stored_format(weights[0]) is None:
             arrays = {"data": torch.cat([load_float(w, store) for w in weights])}
         else:
-            arrays = concat_rows([load_quantized(w, store) for w in weights]).arrays()
+            arrays = dict(concat_rows([load_quantized(w, store) for w in weights]).parts)
         sizes = [w.type.shape[0] for w in weights]
         rows = sum(size for size in sizes if isinstance(size, int))
         type_ = weights[0].type.with_shape(rows, *weights[0].type.shape[1:])

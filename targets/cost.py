@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from gammac.diagnostics import CompileError
-from gammac.formats import Format, parse_format
+from gammac.formats import Format, IntegerFormat, parse_format
 from gammac.ir import Function, Module, Op, TensorType, Weight, WeightRef
 from gammac.ir.types import BYTES, evaluate
 from gammac.targets.target import BLOCK, Kernel, Target
@@ -66,6 +66,8 @@ def stored_bytes(rows: int, columns: int, format_: Format, target: Target, role:
     """
     kernel = kernel_of(format_, columns, target, role)
     fitted = format_.fit(columns)
+    if not isinstance(fitted, IntegerFormat):
+        return _ceil(fitted.storage_bits(rows, columns), 8)
     groups = fitted.groups(columns)
     if kernel.op == "MatMulAnyBits":
         return _any_bits_bytes(rows, columns, fitted, groups, kernel.scale_bytes)
@@ -85,7 +87,7 @@ def kernel_of(format_: Format, columns: int, target: Target, role: str = BLOCK) 
     return kernel
 
 
-def _any_bits_bytes(rows: int, columns: int, format_: Format, groups: int, scale_bytes: int) -> int:
+def _any_bits_bytes(rows: int, columns: int, format_: IntegerFormat, groups: int, scale_bytes: int) -> int:
     strips = _ceil(rows, STRIP_ROWS)
     codes = strips * STRIP_ROWS * _ceil(columns, CHUNK_COLUMNS) * CHUNK_COLUMNS * format_.bits // 8
     # zeros of two groups by four rows are eight codes: `bits` bytes

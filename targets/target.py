@@ -7,13 +7,13 @@ expands the whole weight at every call, tens of times slower, and say nothing.
 import hashlib
 import tomllib
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any, Final
 
 from gammac.diagnostics import CompileError
-from gammac.formats import CHANNEL, FALLBACK_GROUPS, Format
+from gammac.formats import CHANNEL, FALLBACK_GROUPS, INTEGER, Format, IntegerFormat
 
 BLOCK: Final = "block"
 TABLE: Final = "table"
@@ -36,11 +36,12 @@ class Kernel:
     """
 
     op: str
-    bits: tuple[int, ...]
+    bits: tuple[float, ...]
     groups: tuple[int, ...]  # 0: one scale a row
     gweights: ByGroup
     gflops: ByGroup
     role: str = BLOCK
+    kind: str = INTEGER  # of formats
     symmetric: bool = True
     asymmetric: bool = True
     needs_compiler: bool = False  # a C++ compiler where `gammac compile` runs
@@ -49,8 +50,11 @@ class Kernel:
 
     def runs(self, format_: Format) -> bool:
         """Whether this operator is fast for a format."""
-        allowed = self.symmetric if format_.symmetric else self.asymmetric
-        return allowed and format_.bits in self.bits and format_.group in self.groups
+        if format_.kind != self.kind or format_.bits not in self.bits or format_.group not in self.groups:
+            return False
+        if isinstance(format_, IntegerFormat):
+            return self.symmetric if format_.symmetric else self.asymmetric
+        return True
 
     def rate(self, table: ByGroup, format_: Format) -> float:
         """The entry of `gweights` or `gflops` for a format."""
@@ -110,18 +114,18 @@ class Target:
         """The format, or the next smaller group, or one scale a row, that divides the row and runs fast."""
         smaller = [g for g in FALLBACK_GROUPS if not format_.group or g < format_.group]
         for group in dict.fromkeys([format_.group, *smaller, CHANNEL]):
-            fitted = replace(format_, group=group)
+            fitted = format_.with_group(group)
             divides = group == CHANNEL or in_features % group == 0
             if divides and self.kernel_for(fitted, role, in_features, compiler=compiler):
                 return fitted
         return None
 
-    def formats(self, role: str, in_features: int, *, compiler: bool) -> tuple[Format, ...]:
-        """Every format that runs fast on weights with `in_features` columns, narrow ones first."""
+    def formats(self, role: str, in_features: int, *, compiler: bool) -> tuple[IntegerFormat, ...]:
+        """Every integer format that runs fast on weights with `in_features` columns, narrow ones first."""
         found = {
-            Format(bits, group, symmetric)
+            IntegerFormat(int(bits), group, symmetric)
             for kernel in self.kernels
-            if kernel.role == role and (compiler or not kernel.needs_compiler)
+            if (kernel.role, kernel.kind) == (role, INTEGER) and (compiler or not kernel.needs_compiler)
             for bits in kernel.bits
             for group in kernel.groups
             if group == CHANNEL or in_features % group == 0

@@ -45,8 +45,7 @@ def rtn(weight: Tensor, name: str) -> Quantized:
         scales = ((high - low) / format_.levels).clamp(min=1e-6).half()
         zeros = (-low / scales.float()).round().clamp(0, format_.levels)
     codes = (groups / scales.float()[..., None] + zeros[..., None]).round().clamp(0, format_.levels)
-    return Quantized(
-        format_,
+    return format_.quantized(
         codes.to(torch.uint8).reshape(weight.shape),
         scales,
         None if format_.symmetric else zeros.to(torch.uint8),
@@ -145,7 +144,7 @@ def quantized(module: Module, store: WeightStore, formats: dict[str, str]) -> Mo
         name = next((f for part, f in formats.items() if part in weight.name), None)
         if "role" in weight.attrs and name:
             q = rtn(store.tensor(weight.digest), name)
-            stored = replace(weight, digest=store.put(q.arrays())).with_attrs(
+            stored = replace(weight, digest=store.put(q.parts)).with_attrs(
                 stored=q.format.name, format=q.format.name
             )
             module = module.with_weights(stored)

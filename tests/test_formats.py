@@ -6,13 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gammac.diagnostics import CompileError
-from gammac.formats import Format, Quantized, concat_rows, parse_format, parse_formats
+from gammac.formats import IntegerFormat, Quantized, concat_rows, parse_format, parse_formats
 
-FORMATS = st.builds(Format, st.integers(1, 8), st.sampled_from([0, 32, 64, 96, 128]), st.booleans())
+FORMATS = st.builds(IntegerFormat, st.integers(1, 8), st.sampled_from([0, 32, 64, 96, 128]), st.booleans())
 
 
 @given(FORMATS)
-def test_names_round_trip(format_: Format) -> None:
+def test_names_round_trip(format_: IntegerFormat) -> None:
     assert parse_format(format_.name) == format_
 
 
@@ -23,7 +23,11 @@ def test_bad_names_show_the_spelling(text: str) -> None:
 
 
 def test_lists_of_formats() -> None:
-    assert parse_formats("w2g64+w4channel, w8g32-sym") == (Format(2, 64), Format(4, 0), Format(8, 32, True))
+    assert parse_formats("w2g64+w4channel, w8g32-sym") == (
+        IntegerFormat(2, 64),
+        IntegerFormat(4, 0),
+        IntegerFormat(8, 32, True),
+    )
 
 
 @pytest.mark.parametrize(
@@ -31,7 +35,7 @@ def test_lists_of_formats() -> None:
     [(64, 576, 64), (128, 576, 96), (128, 1536, 128), (64, 96, 32), (64, 100, 0), (0, 576, 0), (96, 128, 64)],
 )
 def test_group_size_falls_back_to_the_next_that_divides(wished: int, columns: int, group: int) -> None:
-    assert Format(4, wished).fit(columns) == Format(4, group)
+    assert IntegerFormat(4, wished).fit(columns) == IntegerFormat(4, group)
 
 
 @pytest.mark.parametrize(
@@ -50,15 +54,16 @@ def test_channel_stores_one_scale_a_row() -> None:
 def test_dequantize_by_hand() -> None:
     codes = torch.tensor([[0, 1, 2, 3]], dtype=torch.uint8)
     scales = torch.tensor([[0.5, 2.0]], dtype=torch.float16)
-    asymmetric = Quantized(Format(2, 2), codes, scales, torch.tensor([[1, 3]], dtype=torch.uint8))
+    asymmetric = IntegerFormat(2, 2).quantized(codes, scales, torch.tensor([[1, 3]], dtype=torch.uint8))
     assert asymmetric.dequantize().tolist() == [[-0.5, 0.0, -2.0, 0.0]]
-    assert Quantized(Format(2, 2, True), codes, scales).dequantize().tolist() == [[-1.0, -0.5, 0.0, 2.0]]
+    symmetric = IntegerFormat(2, 2, True).quantized(codes, scales)
+    assert symmetric.dequantize().tolist() == [[-1.0, -0.5, 0.0, 2.0]]
 
 
 def test_rows_and_concat_are_inverse() -> None:
     codes = torch.arange(24, dtype=torch.uint8).reshape(6, 4) % 4
     scales, zeros = torch.rand(6, 2).half(), torch.randint(0, 4, (6, 2), dtype=torch.uint8)
-    whole = Quantized(Format(2, 2), codes, scales, zeros)
+    whole = IntegerFormat(2, 2).quantized(codes, scales, zeros)
     again = concat_rows([whole.rows(0, 1), whole.rows(1, 4), whole.rows(4, 6)])
     assert torch.equal(again.dequantize(), whole.dequantize())
-    assert Quantized.from_arrays(whole.format, whole.arrays()).dequantize().equal(whole.dequantize())
+    assert Quantized(whole.format, whole.parts).dequantize().equal(whole.dequantize())

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from gammac.diagnostics import CompileError
-from gammac.formats import Format, parse_format
+from gammac.formats import IntegerFormat, parse_format
 from gammac.passes.quantizers import QUANTIZERS, Gptq, Rtn, make_quantizer, output_error
 from gammac.passes.quantizers.gptq import inverse_factor
 from gammac.passes.quantizers.grid import choose_grid, round_to_grid
@@ -49,9 +49,9 @@ def test_codes_fit_the_format(quantizer: str, name: str) -> None:
 def test_what_lies_on_the_grid_comes_back_unchanged(quantizer: str) -> None:
     weight, gram = problem()
     # min-max on a grid that uses its whole range in every group is that grid again
-    (first,) = Rtn("none").quantize(weight, None, [Format(4, 64)])
+    (first,) = Rtn("none").quantize(weight, None, [IntegerFormat(4, 64)])
     on_grid = first.dequantize()
-    (again,) = make_quantizer(quantizer, clip="none").quantize(on_grid, gram, [Format(4, 64)])
+    (again,) = make_quantizer(quantizer, clip="none").quantize(on_grid, gram, [IntegerFormat(4, 64)])
     assert torch.allclose(again.dequantize(), on_grid, atol=2e-3)
 
 
@@ -81,7 +81,7 @@ def test_formats_of_one_call_don_t_disturb_each_other(quantizer: str) -> None:
 
 def test_rounding_is_within_half_a_step() -> None:
     weight, _ = problem()
-    format_ = Format(4, 64)
+    format_ = IntegerFormat(4, 64)
     (found,) = Rtn("none").quantize(weight, None, [format_])
     step = found.scales.float().repeat_interleave(64, 1)
     # the zero point is rounded too, so an end may lie another half step outside
@@ -103,15 +103,15 @@ def test_distortion_of_a_gaussian_weight(name: str, min_max: float, clipped: flo
 
 def test_gptq_without_correlation_is_rounding() -> None:
     weight, _ = problem()
-    (found,) = Gptq().quantize(weight, torch.eye(192), [Format(3, 64)])
-    (nearest,) = Rtn().quantize(weight, None, [Format(3, 64)])
+    (found,) = Gptq().quantize(weight, torch.eye(192), [IntegerFormat(3, 64)])
+    (nearest,) = Rtn().quantize(weight, None, [IntegerFormat(3, 64)])
     assert torch.equal(found.codes, nearest.codes)
 
 
 def test_gptq_error_identity() -> None:
     """The sweep's squared errors sum to tr(Δ H Δᵀ), H damped: checked by re-running the sweep by hand."""
     weight, gram = problem(rows=8, columns=64)
-    format_ = Format(3, 64)
+    format_ = IntegerFormat(3, 64)
     grid = choose_grid(weight, format_, "mse", gram.diagonal())
     factor = inverse_factor(gram, 0.01)
     left, total = weight.clone(), 0.0
@@ -133,7 +133,7 @@ def test_act_order_stores_groups_in_place() -> None:
     gram = gram * torch.linspace(3, 0.3, 192)[:, None].sqrt() * torch.linspace(3, 0.3, 192).sqrt()
     errors = []
     for act_order in (False, True):
-        (found,) = Gptq(act_order=act_order).quantize(weight, gram, [Format(2, 64)])
+        (found,) = Gptq(act_order=act_order).quantize(weight, gram, [IntegerFormat(2, 64)])
         errors.append(output_error(weight, found.dequantize(), gram))
     assert errors[1] <= errors[0] * 1.02
 
@@ -141,14 +141,14 @@ def test_act_order_stores_groups_in_place() -> None:
 def test_gptq_takes_inputs_that_never_fire() -> None:
     weight, gram = problem()
     gram[5], gram[:, 5] = 0.0, 0.0
-    (found,) = Gptq().quantize(weight, gram, [Format(4, 64)])
+    (found,) = Gptq().quantize(weight, gram, [IntegerFormat(4, 64)])
     assert bool(torch.isfinite(found.dequantize()).all())
 
 
 def test_gptq_takes_fewer_samples_than_inputs() -> None:
     weight, _ = problem()
     inputs = torch.randn(10, 192)
-    (found,) = Gptq().quantize(weight, inputs.T @ inputs / 10, [Format(4, 64)])
+    (found,) = Gptq().quantize(weight, inputs.T @ inputs / 10, [IntegerFormat(4, 64)])
     assert output_error(weight, found.dequantize(), inputs.T @ inputs) < 0.01
 
 
@@ -160,7 +160,7 @@ def test_gptq_says_when_there_is_no_inverse() -> None:
 def test_a_constant_weight_survives() -> None:
     for value in (0.0, 1.0, -3.0):
         weight = torch.full((4, 64), value)
-        quantized = round_to_grid(weight, choose_grid(weight, Format(2, 64)), Format(2, 64))
+        quantized = round_to_grid(weight, choose_grid(weight, IntegerFormat(2, 64)), IntegerFormat(2, 64))
         assert torch.allclose(quantized.dequantize(), weight, rtol=1e-2)
 
 

@@ -107,7 +107,7 @@ def test_fisher_is_what_it_says(name: str) -> None:
     candidates: Any = weight.attrs["candidates"]
     scores: Any = weight.attrs["scores"]
     for format_, digest in candidates.items():
-        candidate = Quantized.from_arrays(parse_format(format_), ctx.store.get(digest)).dequantize()
+        candidate = Quantized(parse_format(format_), ctx.store.get(digest)).dequantize()
         delta = candidate - load_float(weight, ctx.store)
         change = torch.nn.functional.linear(found["input"].detach(), delta)
         expected = 0.5 * float((change * probe.grad).square().sum()) / tokens.numel()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gammac.diagnostics import CompileError
-from gammac.formats import Format, parse_format
+from gammac.formats import IntegerFormat, parse_format
 from gammac.ir import Module, parse
 from gammac.targets import cost
 from gammac.targets.onnx import any_bits
@@ -66,7 +66,9 @@ def test_no_kernel_row_is_on_a_slow_path(target: Target) -> None:
 @pytest.mark.parametrize("in_features", [64, 96, 100, 192, 576, 1536, 4096])
 @pytest.mark.parametrize("role", [BLOCK, TABLE])
 def test_formats_are_those_that_kernels_run(target: Target, role: str, in_features: int) -> None:
-    everything = [Format(b, g, s) for b in range(1, 9) for g in range(0, 513, 16) for s in (False, True)]
+    everything = [
+        IntegerFormat(b, g, s) for b in range(1, 9) for g in range(0, 513, 16) for s in (False, True)
+    ]
     fitting = [f for f in everything if f.fit(in_features) == f]
     for compiler in (False, True):
         found = target.formats(role, in_features, compiler=compiler)
@@ -173,10 +175,10 @@ def test_stored_bytes_hold_the_storage_bits(target: Target) -> None:
 
 
 def test_seconds_grow_with_everything(target: Target) -> None:
-    bits = [cost.linear_seconds(4096, 4096, Format(b, 128), target) for b in range(1, 9)]
+    bits = [cost.linear_seconds(4096, 4096, IntegerFormat(b, 128), target) for b in range(1, 9)]
     # up to 3 bits decoding bounds MatMulAnyBits, above it memory; MatMulNBits is slower at 4 and 8 bits
     assert bits[0] <= bits[2] <= bits[4] <= bits[5] <= bits[6]
-    one, many = (cost.linear_seconds(4096, 4096, Format(4, 64), target, t) for t in (1, 512))
+    one, many = (cost.linear_seconds(4096, 4096, IntegerFormat(4, 64), target, t) for t in (1, 512))
     assert one < many
     assert cost.linear_seconds(64, 64, None, target) < cost.linear_seconds(4096, 4096, None, target)
     assert one < cost.linear_seconds(4096, 4096, None, target)
@@ -244,5 +246,5 @@ def test_attention_reads_the_cache() -> None:
 
 def test_a_rate_is_that_of_the_largest_group_below() -> None:
     kernel = Kernel("op", (4,), (0, 16, 96, 128), ((32, 1.0), (64, 2.0)), ((32, 1.0),))
-    rates = [kernel.rate(kernel.gweights, Format(4, group)) for group in (16, 96, 128, 0)]
+    rates = [kernel.rate(kernel.gweights, IntegerFormat(4, group)) for group in (16, 96, 128, 0)]
     assert rates == [1.0, 2.0, 2.0, 2.0]

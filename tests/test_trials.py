@@ -54,7 +54,7 @@ def log_probabilities(
         if name not in assignment:
             return load_float(weight, store)
         arrays = store.get(weight.attrs["candidates"][assignment[name]])
-        return Quantized.from_arrays(parse_format(assignment[name]), arrays).dequantize()
+        return Quantized(parse_format(assignment[name]), arrays).dequantize()
 
     function = module.functions["forward"]
     return run(function, inputs_of(function, tokens), weights)["logits"][:, :-1].log_softmax(-1)

@@ -16,7 +16,7 @@ of the blocks' outputs there.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Final
 
@@ -26,7 +26,7 @@ from torch import Tensor
 from gammac.cache import key_of
 from gammac.calibration import BATCH_WINDOWS, Segment, Stream
 from gammac.diagnostics import CompileError
-from gammac.formats import Quantized, load_float, parse_format
+from gammac.formats import IntegerFormat, Quantized, load_float, parse_format, spread
 from gammac.ir import Module, to_text
 from gammac.ir.interpret import Env, Weights, run_ops
 from gammac.passes.candidates import weights_have_candidates
@@ -105,9 +105,7 @@ class _Learner:
         """A weight in the format that it was given."""
         weight = self.module.weights[name]
         format_ = str(weight.attrs["format"])
-        return Quantized.from_arrays(
-            parse_format(format_), self.ctx.store.get(candidates_of(weight)[format_])
-        )
+        return Quantized(parse_format(format_), self.ctx.store.get(candidates_of(weight)[format_]))
 
     def allocated(self, name: str) -> Tensor:
         """A weight as the codes have it; in full precision where it has no format."""
@@ -156,7 +154,7 @@ class _Learner:
         after = self._error(segment, index, learnt, fixed)
         if after >= before:
             return {"digests": {}, "before": before, "after": before}
-        digests = {n: self.ctx.store.put(q.arrays()) for n, q in learnt.items()}
+        digests = {n: self.ctx.store.put(q.parts) for n, q in learnt.items()}
         return {"digests": digests, "before": before, "after": after}
 
     def _wanted(self, segment: Segment, index: int, batch: int) -> Env:
@@ -224,25 +222,26 @@ class Latents:
     """The real numbers behind a weight's codes [rows, columns] and scales [rows, groups]."""
 
     def __init__(self, weight: Tensor, start: Quantized) -> None:
-        self.start = start
-        self.size = start.format.inputs_per_scale(weight.shape[1])
+        assert isinstance(start.format, IntegerFormat), f"{start.format.name} has no grid to round to"
+        self.start, self.format = start, start.format
+        self.size = self.format.inputs_per_scale(weight.shape[1])
         columns = weight.shape[1]
         self.zeros = (
-            torch.full_like(start.scales, float(start.format.midpoint)).float()
+            torch.full_like(start.scales, float(self.format.midpoint)).float()
             if start.zeros is None
             else start.zeros.float()
         )
-        steps = Quantized.spread(start.scales.float(), self.size, columns)
+        steps = spread(start.scales.float(), self.size, columns)
         codes = start.codes.float()
-        exact = weight / steps.clamp(min=1e-30) + Quantized.spread(self.zeros, self.size, columns)
+        exact = weight / steps.clamp(min=1e-30) + spread(self.zeros, self.size, columns)
         self.latent = torch.minimum(torch.maximum(exact, codes - MARGIN), codes + MARGIN)
         self.log_scale = torch.zeros_like(start.scales, dtype=torch.float32)
 
     def quantized(self) -> Quantized:
         """The nearest codes, and scales as they are stored."""
-        codes = self.latent.round().clamp(0, self.start.format.levels)
+        codes = self.latent.round().clamp(0, self.format.levels)
         scales = (self.start.scales.float() * self.log_scale.exp()).half()
-        return replace(self.start, codes=codes.to(torch.uint8), scales=scales)
+        return self.format.quantized(codes.to(torch.uint8), scales, self.start.zeros)
 
     def move(self, gradient: Tensor, rate: float, scale_rate: float) -> None:
         """One step against the sign of ∂L/∂W [rows, columns]: straight through the rounding, where it is
@@ -250,10 +249,10 @@ class Latents:
         columns = gradient.shape[1]
         scales = self.start.scales.float()
         # a negative scale turns the direction of its codes around
-        along = gradient * Quantized.spread(scales.sign(), self.size, columns)
+        along = gradient * spread(scales.sign(), self.size, columns)
         at_scale = gradient * self.quantized().dequantize()
-        groups = self.start.format.groups(columns)
+        groups = self.format.groups(columns)
         summed = torch.nn.functional.pad(at_scale, (0, groups * self.size - columns))
         summed = summed.reshape(len(gradient), groups, self.size).sum(-1)
-        self.latent = (self.latent - rate * along.sign()).clamp(-0.5, self.start.format.levels + 0.5)
+        self.latent = (self.latent - rate * along.sign()).clamp(-0.5, self.format.levels + 0.5)
         self.log_scale -= scale_rate * summed.sign()

@@ -16,12 +16,13 @@ class Quantizer(Protocol):
 
     name: ClassVar[str]
     needs_gram: ClassVar[bool]
+    kinds: ClassVar[tuple[str, ...]]  # of formats that it writes
+    stacks: ClassVar[bool]  # rows are independent: weights that read the same input may be stacked
 
     def quantize(self, weight: Tensor, gram: Tensor | None, formats: Sequence[Format]) -> list[Quantized]:
         """The weight f32 [rows, columns] in each of the formats.
 
-        `gram` f32 [columns, columns] is the mean of x xᵀ over the weight's inputs. Rows are
-        independent of each other: weights that read the same input may be stacked.
+        `gram` f32 [columns, columns] is the mean of x xᵀ over the weight's inputs.
         """
         ...
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from gammac.diagnostics import CompileError
-from gammac.formats import Format, Quantized
-from gammac.passes.quantizers.grid import Grid, as_quantized, choose_grid
+from gammac.formats import INTEGER, Format, IntegerFormat, Quantized
+from gammac.passes.quantizers.grid import Grid, as_quantized, choose_grid, on_grids
 from gammac.passes.quantizers.kernels import sweep_block
 
 DAMPING_TRIES: Final = 5
@@ -27,6 +27,8 @@ class Gptq:
 
     name: ClassVar[str] = "gptq"
     needs_gram: ClassVar[bool] = True
+    kinds: ClassVar[tuple[str, ...]] = (INTEGER,)
+    stacks: ClassVar[bool] = True
     clip: str = "mse"
     act_order: bool = True
     damping: float = 0.01
@@ -45,7 +47,7 @@ class Gptq:
         weight = weight.masked_fill(dead, 0.0)
         importance = diagonal.clamp(min=0)
         found = []
-        for format_ in formats:
+        for format_ in on_grids(formats):
             grid = choose_grid(weight, format_, self.clip, importance)
             codes = _sweep(weight, grid, format_, order, factor, self.block)
             found.append(as_quantized(codes, grid, format_))
@@ -76,7 +78,9 @@ def inverse_factor(gram: Tensor, damping: float) -> Tensor:
     )
 
 
-def _sweep(weight: Tensor, grid: Grid, format_: Format, order: Tensor, factor: Tensor, block: int) -> Tensor:
+def _sweep(
+    weight: Tensor, grid: Grid, format_: IntegerFormat, order: Tensor, factor: Tensor, block: int
+) -> Tensor:
     """Codes f32 [rows, columns], in the original order of columns."""
     rows, columns = weight.shape
     left = weight[:, order].contiguous()

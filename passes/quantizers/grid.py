@@ -5,13 +5,14 @@ input by how much it carries (the diagonal of the Gram matrix) when that is know
 worth 40 % of the error.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from gammac.formats import Format, Quantized
+from gammac.formats import Format, IntegerFormat, Quantized, spread
 from gammac.passes.quantizers.kernels import best_grids
 
 SMALLEST_SCALE: Final = 2.0**-14  # the smallest normal f16: below it a scale would lose its digits
@@ -34,7 +35,16 @@ class Grid:
     zeros: Tensor
 
 
-def choose_grid(weight: Tensor, format_: Format, clip: str = "mse", importance: Tensor | None = None) -> Grid:
+def on_grids(formats: Sequence[Format]) -> list[IntegerFormat]:
+    """The formats, all of them integer: what a quantizer of that kind is given."""
+    found = [f for f in formats if isinstance(f, IntegerFormat)]
+    assert len(found) == len(formats), f"{formats} are not all integer"
+    return found
+
+
+def choose_grid(
+    weight: Tensor, format_: IntegerFormat, clip: str = "mse", importance: Tensor | None = None
+) -> Grid:
     """Scales and zero points for weight [rows, columns]; importance [columns] weighs the inputs.
 
     `clip` is none (min-max) or mse.
@@ -53,7 +63,7 @@ def choose_grid(weight: Tensor, format_: Format, clip: str = "mse", importance: 
     return Grid(scales, zeros)
 
 
-def _search(weight: Tensor, shares: Tensor, format_: Format, clip: str) -> Grid:
+def _search(weight: Tensor, shares: Tensor, format_: IntegerFormat, clip: str) -> Grid:
     """The best grid for each row of weight [n, size]; shares [groups, size] repeats over the rows."""
     low = weight.amin(1, keepdim=True).clamp(max=0.0)
     high = weight.amax(1, keepdim=True).clamp(min=0.0)
@@ -67,7 +77,7 @@ def _search(weight: Tensor, shares: Tensor, format_: Format, clip: str) -> Grid:
     return Grid(offers.scales.gather(1, chosen), offers.zeros.gather(1, chosen))
 
 
-def _shrinks(format_: Format) -> tuple[Tensor, Tensor]:
+def _shrinks(format_: IntegerFormat) -> tuple[Tensor, Tensor]:
     """Factors of the lower and the upper end, pair by pair; the first pair moves nothing."""
     shrinks = torch.tensor(SHRINKS.get(format_.bits, FINE_SHRINKS))
     if format_.symmetric:
@@ -76,7 +86,7 @@ def _shrinks(format_: Format) -> tuple[Tensor, Tensor]:
     return pairs[:, 0], pairs[:, 1]
 
 
-def _grids_of(low: Tensor, high: Tensor, format_: Format) -> Grid:
+def _grids_of(low: Tensor, high: Tensor, format_: IntegerFormat) -> Grid:
     """Grids that span low … high [n, offers], the scale rounded as it will be stored."""
     if format_.symmetric:
         # codes reach one step further down than up, so the larger end sets the scale
@@ -90,17 +100,17 @@ def _stored(scales: Tensor) -> Tensor:
     return scales.clamp(min=SMALLEST_SCALE).half().float()
 
 
-def round_to_grid(weight: Tensor, grid: Grid, format_: Format) -> Quantized:
+def round_to_grid(weight: Tensor, grid: Grid, format_: IntegerFormat) -> Quantized:
     """The nearest codes. weight [rows, columns]."""
     columns = weight.shape[1]
     size = format_.inputs_per_scale(columns)
-    scales = Quantized.spread(grid.scales, size, columns)
-    zeros = Quantized.spread(grid.zeros, size, columns)
+    scales = spread(grid.scales, size, columns)
+    zeros = spread(grid.zeros, size, columns)
     codes = ((weight / scales).round() + zeros).clamp(0, format_.levels)
     return as_quantized(codes, grid, format_)
 
 
-def as_quantized(codes: Tensor, grid: Grid, format_: Format) -> Quantized:
+def as_quantized(codes: Tensor, grid: Grid, format_: IntegerFormat) -> Quantized:
     """Codes on a grid, in the types that are stored."""
     zeros = None if format_.symmetric else grid.zeros.to(torch.uint8)
-    return Quantized(format_, codes.to(torch.uint8), grid.scales.half(), zeros)
+    return format_.quantized(codes.to(torch.uint8), grid.scales.half(), zeros)

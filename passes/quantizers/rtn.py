@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from gammac.formats import Format, Quantized
-from gammac.passes.quantizers.grid import choose_grid, round_to_grid
+from gammac.formats import INTEGER, Format, Quantized
+from gammac.passes.quantizers.grid import choose_grid, on_grids, round_to_grid
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,10 @@ class Rtn:
 
     name: ClassVar[str] = "rtn"
     needs_gram: ClassVar[bool] = False
+    kinds: ClassVar[tuple[str, ...]] = (INTEGER,)
+    stacks: ClassVar[bool] = True
     clip: str = "mse"
 
     def quantize(self, weight: Tensor, gram: Tensor | None, formats: Sequence[Format]) -> list[Quantized]:
         """See Quantizer. The Gram matrix is not looked at."""
-        return [round_to_grid(weight, choose_grid(weight, f, self.clip), f) for f in formats]
+        return [round_to_grid(weight, choose_grid(weight, f, self.clip), f) for f in on_grids(formats)]

@@ -18,7 +18,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from gammac.calibration import Stream, backward_segments, run_up_to_last
-from gammac.formats import Format, load_float, parse_format
+from gammac.formats import Format, IntegerFormat, load_float, parse_format
 from gammac.ir import Function, Module, Weight
 from gammac.passes.candidates import weights_have_candidates
 from gammac.passes.quantize import stored_as
@@ -80,11 +80,15 @@ def _nearest(weight: Weight, name: str) -> str:
     """The candidate of the nearest width, then of the nearest group size."""
     wished = parse_format(name)
 
-    def distance(found: Format) -> tuple[int, int, bool, Format]:
+    def distance(found: Format) -> tuple[float, int, bool, Format]:
         bits, group = abs(found.bits - wished.bits), abs(found.group - wished.group)
-        return bits, group, found.symmetric != wished.symmetric, found
+        return bits, group, _variant(found) != _variant(wished), found
 
     return min(map(parse_format, candidates_of(weight)), key=distance).name
+
+
+def _variant(format_: Format) -> tuple[str, bool]:
+    return format_.kind, isinstance(format_, IntegerFormat) and format_.symmetric
 
 
 def _stored(weight: Weight, format_: str) -> Weight:

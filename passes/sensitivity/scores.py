@@ -30,7 +30,7 @@ def candidates_of(weight: Weight) -> dict[str, str]:
 
 def candidate(weight: Weight, name: str, ctx: Context) -> Tensor:
     """W_b: what a candidate's codes stand for, f32 [rows, columns]."""
-    return Quantized.from_arrays(parse_format(name), ctx.store.get(candidates_of(weight)[name])).dequantize()
+    return Quantized(parse_format(name), ctx.store.get(candidates_of(weight)[name])).dequantize()
 
 
 def squared_errors(weight: Weight, ctx: Context) -> dict[str, float]:
@@ -41,7 +41,7 @@ def squared_errors(weight: Weight, ctx: Context) -> dict[str, float]:
 
 def grid_noise(weight: Weight, name: str) -> float:
     """What a format loses if nothing is known: n · 4^−bits. Halving the step of a grid quarters its error."""
-    return weight.type.numel() * 4.0 ** -parse_format(name).bits
+    return float(weight.type.numel() * 4.0 ** -parse_format(name).bits)
 
 
 def scoring_tokens(strategy: str, windows: int, module: Module, ctx: Context) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 
 from gammac.diagnostics import CompileError
-from gammac.formats import Format, Quantized
+from gammac.formats import Format, IntegerFormat, Quantized
 from gammac.ir import Weight
 from gammac.targets.onnx.any_bits import Bytes
 from gammac.targets.target import Target
@@ -28,6 +28,8 @@ ANY_BITS_STEP: Final = 32
 
 def kernel_for(format_: Format, in_features: int) -> str | None:
     """The operator that is fast for a weight with rows of `in_features`; None if none is."""
+    if not isinstance(format_, IntegerFormat):
+        return None
     if format_.group in NBITS_GROUPS.get(format_.bits, ()):
         return NBITS
     return (
@@ -45,12 +47,17 @@ def demand_kernel(weight: Weight, format_: Format, target: Target | None, *, com
     if row is not None and row.op == ANY_BITS:
         kernel = kernel and ANY_BITS
     if kernel is None:
-        raise CompileError(
-            f"ONNX Runtime has no fast kernel for {format_.name}",
-            loc=weight.name.removesuffix(".weight"),
-            hint="groups of 32, 64 or 128 inputs work for 1 to 8 bits, 16 and 256 for 4 and 8 bits",
-        )
+        raise no_kernel(weight, format_)
     return kernel
+
+
+def no_kernel(weight: Weight, format_: Format) -> CompileError:
+    """The error for a format that would run only as floats."""
+    return CompileError(
+        f"ONNX Runtime has no fast kernel for {format_.name}",
+        loc=weight.name.removesuffix(".weight"),
+        hint="groups of 32, 64 or 128 inputs work for integers of 1 to 8 bits, 16 and 256 for 4 and 8 bits",
+    )
 
 
 def _join_bits(values: Bytes, bits: int) -> Bytes:
@@ -67,7 +74,7 @@ def _join_bits(values: Bytes, bits: int) -> Bytes:
 
 def pack_nbits(weight: Quantized) -> tuple[Bytes, Bytes | None]:
     """Codes [rows, groups, group * bits / 8] and zeros [rows, ceil(groups * bits / 8)] for MatMulNBits."""
-    bits, group = weight.format.bits, weight.format.group
+    bits, group = int(weight.format.bits), weight.format.group
     codes: Bytes = weight.codes.numpy()
     missing = -codes.shape[1] % group
     if missing:  # the product skips what is behind the row's end

@@ -6,11 +6,11 @@ from typing import Final
 import numpy as np
 import onnx_ir as ir
 
-from gammac.formats import Format, load_float, load_quantized, stored_format
+from gammac.formats import IntegerFormat, load_float, load_quantized, stored_format
 from gammac.ir import Op, Weight, WeightRef
 from gammac.targets.onnx.any_bits import DOMAIN, OP, OP_ZEROS, groups_of, pack
 from gammac.targets.onnx.graph import MICROSOFT, Array, GraphWriter
-from gammac.targets.onnx.kernels import ANY_BITS, demand_kernel, pack_nbits
+from gammac.targets.onnx.kernels import ANY_BITS, demand_kernel, no_kernel, pack_nbits
 
 # activations in 8 bits by block: the only level at which all of 2, 4 and 8 bits have packed kernels
 ACCURACY_LEVEL: Final = 4
@@ -26,12 +26,20 @@ def lower_linear(g: GraphWriter, op: Op) -> Sequence[ir.Value]:
         y = g.op("MatMul", x, g.op("Transpose", g.operand(ref), perm=[1, 0]))
     else:
         weight = g.module.weights[ref.name]
-        format_ = stored_format(weight)
+        format_ = _stored_grid(weight)
         y = _float_product(g, x, ref) if format_ is None else _packed_product(g, x, weight, format_)
     return [g.op("Add", y, g.operand(bias[0])) if bias else y]
 
 
-def _kernel(g: GraphWriter, weight: Weight, format_: Format) -> str:
+def _stored_grid(weight: Weight) -> IntegerFormat | None:
+    """The format of a weight's codes, None for floats. Raises CompileError for codes that are no grid's."""
+    format_ = stored_format(weight)
+    if format_ is None or isinstance(format_, IntegerFormat):
+        return format_
+    raise no_kernel(weight, format_)
+
+
+def _kernel(g: GraphWriter, weight: Weight, format_: IntegerFormat) -> str:
     return demand_kernel(weight, format_, g.target, compiler=g.compiler)
 
 
@@ -43,7 +51,7 @@ def _float_product(g: GraphWriter, x: ir.Value, ref: WeightRef) -> ir.Value:
     return g.op("MatMul", x, g.stored(name, array))
 
 
-def _packed_product(g: GraphWriter, x: ir.Value, weight: Weight, format_: Format) -> ir.Value:
+def _packed_product(g: GraphWriter, x: ir.Value, weight: Weight, format_: IntegerFormat) -> ir.Value:
     rows, columns = weight.type.shape
     operands = packed_weight(g, weight, format_)
     if _kernel(g, weight, format_) == ANY_BITS:
@@ -60,7 +68,7 @@ def _packed_product(g: GraphWriter, x: ir.Value, weight: Weight, format_: Format
     )  # fmt: skip
 
 
-def packed_weight(g: GraphWriter, weight: Weight, format_: Format) -> list[ir.Value]:
+def packed_weight(g: GraphWriter, weight: Weight, format_: IntegerFormat) -> list[ir.Value]:
     """Codes, f16 scales and, where the format has them, zeros: written once, as the kernel wants them."""
     names = [f"{weight.name}.{part}" for part in ("codes", "scales", "zeros")]
     names = names[: 2 if format_.symmetric else 3]
@@ -91,7 +99,7 @@ def lower_embedding(g: GraphWriter, op: Op) -> Sequence[ir.Value]:
     ids, ref = g.operand(op.operands[0]), op.operands[1]
     assert isinstance(ref, WeightRef)
     weight = g.module.weights[ref.name]
-    format_ = stored_format(weight)
+    format_ = _stored_grid(weight)
     if format_ is None:
         return [g.op("Gather", g.float_weight(ref), ids, axis=0)]
     if _kernel(g, weight, format_) == ANY_BITS:
@@ -104,7 +112,7 @@ def lower_embedding(g: GraphWriter, op: Op) -> Sequence[ir.Value]:
     return [g.op("GatherBlockQuantized", flat, ids, in_f32(g, scales), *zeros, domain=MICROSOFT, **attrs)]
 
 
-def _gather_any_bits(g: GraphWriter, ids: ir.Value, weight: Weight, format_: Format) -> ir.Value:
+def _gather_any_bits(g: GraphWriter, ids: ir.Value, weight: Weight, format_: IntegerFormat) -> ir.Value:
     """Rows out of MatMulAnyBits' layout (custom_op/any_bits.h), four rows a strip, in standard operators."""
     columns, bits = weight.type.shape[1], format_.bits
     assert isinstance(columns, int)

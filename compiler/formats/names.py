@@ -1,0 +1,31 @@
+"""Reading the names of formats."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from gammac.diagnostics import CompileError
+from gammac.formats.base import CHANNEL, Format
+from gammac.formats.integer import IntegerFormat
+
+# pattern → format; what `(?P<group>…)` matched is read as a group size
+GROUP: Final = r"(?:g(?P<group>\d+)|channel)"
+Found = re.Match[str]
+SPELLINGS: Final[Sequence[tuple[str, Callable[[Found, int], Format]]]] = (
+    (rf"w([1-8]){GROUP}(-sym)?", lambda m, group: IntegerFormat(int(m[1]), group, bool(m[3]))),
+)
+EXAMPLES: Final = "w4g64, w3g128-sym or w8channel (bits 1 to 8)"
+
+
+def parse_format(text: str) -> Format:
+    """Read a format's name. Raises CompileError that shows the spelling."""
+    for pattern, make in SPELLINGS:
+        match = re.fullmatch(pattern, text.strip())
+        if match and match["group"] != "0":
+            return make(match, int(match["group"] or CHANNEL))
+    raise CompileError(f"{text!r} is no weight format", hint=f"write {EXAMPLES}")
+
+
+def parse_formats(text: str) -> tuple[Format, ...]:
+    """Read a list of formats, joined by commas or, inside a pass's options, by `+`."""
+    return tuple(parse_format(part) for part in text.replace("+", ",").split(",") if part.strip())

@@ -1,0 +1,28 @@
+"""Weights of a module, as floats or as codes."""
+
+from torch import Tensor
+
+from gammac.formats.base import Format, Quantized
+from gammac.formats.names import parse_format
+from gammac.ir import Weight
+from gammac.weights import WeightStore
+
+
+def stored_format(weight: Weight) -> Format | None:
+    """The format of a weight's bytes, None while they are plain floats."""
+    stored = weight.attrs.get("stored")
+    return parse_format(stored) if isinstance(stored, str) else None
+
+
+def load_quantized(weight: Weight, store: WeightStore) -> Quantized:
+    """The codes of a quantized weight."""
+    format_ = stored_format(weight)
+    assert format_ is not None, f"{weight.name} is not quantized"
+    return Quantized(format_, store.get(weight.digest))
+
+
+def load_float(weight: Weight, store: WeightStore) -> Tensor:
+    """A weight as floats, dequantized if need be."""
+    if stored_format(weight) is None:
+        return store.tensor(weight.digest)
+    return load_quantized(weight, store).dequantize()
