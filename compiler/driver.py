@@ -14,7 +14,7 @@ from gammac.budget import SIZE, Budget, parse_budgets
 from gammac.cache import PassCache, key_of
 from gammac.diagnostics import CompileError
 from gammac.files import write_atomically
-from gammac.formats import parse_formats
+from gammac.formats import parse_format, parse_formats
 from gammac.frontend.export import Source, capture, load_source
 from gammac.ir import Module, to_text
 from gammac.models_zoo.fetch import default_cache, fetch
@@ -275,7 +275,8 @@ def fallbacks(plan: Plan, module: Module) -> Iterator[tuple[str, str]]:
         stored = weight.attrs.get("stored")
         wished = parse_formats(choices.block if weight.attrs.get("role") == "block" else choices.table)
         if stored is not None and stored not in {f.name for f in wished}:
-            asked = [f.name for f in wished if str(stored).startswith(f"w{f.bits}")]
+            found = parse_format(str(stored))
+            asked = [f.name for f in wished if f.with_group(found.group) == found]
             yield name, f"{' or '.join(asked)} does not fit {_columns(weight)} inputs: {stored}"
 
 

@@ -36,6 +36,9 @@ PASSES: Final[Mapping[str, type[Pass]]] = {p.name: p for p in _IN_ORDER}
 # strategies whose allocations are checked end to end and improved unless the user says no
 REFINED: Final = frozenset({Gamma.name})
 
+# kinds of formats whose codes can be learnt behind the allocation
+LEARNABLE: Final = frozenset({INTEGER})
+
 # emitter → the pass that brings a module into the form that it writes
 LEGALIZERS: Final[Mapping[str, type[Pass]]] = {"onnx": LegalizeOnnx}
 
@@ -81,17 +84,23 @@ def refine_of(choices: Choices, extra_bytes: int = 0) -> tuple[Refine, ...]:
 
 
 def _check_kinds(choices: Choices) -> None:
-    """Raises CompileError for formats of the blocks that the quantizer, or what follows, does not write."""
+    """Raises CompileError for formats that the quantizer, or what follows, does not write."""
     formats, kinds = parse_formats(choices.block), make_quantizer(choices.quantizer).kinds
     foreign = [f for f in formats if f.kind not in kinds]
+    # tables in a kind that the quantizer doesn't write are rounded, which takes a grid
+    foreign += [f for f in parse_formats(choices.table) if f.kind not in (*kinds, INTEGER)]
     if foreign:
         able = [name for name, q in QUANTIZERS.items() if foreign[0].kind in q.kinds]
         raise CompileError(
             f"{choices.quantizer} does not write {', '.join(f.name for f in foreign)}",
             hint=f"--quantizer {' or '.join(able)} does",
         )
-    if choices.learn_rounding and any(f.kind != INTEGER for f in formats):
-        raise CompileError("learn_rounding learns integer codes only", hint="choose formats such as w3g64")
+    fixed = [f.name for f in formats if f.kind not in LEARNABLE]
+    if choices.learn_rounding and fixed:
+        raise CompileError(
+            f"learn_rounding does not learn {', '.join(fixed)}",
+            hint=f"it learns {' and '.join(sorted(LEARNABLE))} codes, in formats such as w3g64",
+        )
 
 
 def default_pipeline(

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from gammac.diagnostics import CompileError
-from gammac.formats import INTEGER, Format, IntegerFormat, Quantized
-from gammac.passes.quantizers.grid import Grid, as_quantized, choose_grid, on_grids
+from gammac.formats import INTEGER, NORMAL_FLOAT, Format, IntegerFormat, NormalFloat, Quantized
+from gammac.passes.quantizers.grid import Grid, as_quantized, choose_grid, on_grid
 from gammac.passes.quantizers.kernels import sweep_block
+from gammac.passes.quantizers.nf import sweep_normal_float
 
 DAMPING_TRIES: Final = 5
 
@@ -27,7 +28,7 @@ class Gptq:
 
     name: ClassVar[str] = "gptq"
     needs_gram: ClassVar[bool] = True
-    kinds: ClassVar[tuple[str, ...]] = (INTEGER,)
+    kinds: ClassVar[tuple[str, ...]] = (INTEGER, NORMAL_FLOAT)
     stacks: ClassVar[bool] = True
     clip: str = "mse"
     act_order: bool = True
@@ -47,10 +48,14 @@ class Gptq:
         weight = weight.masked_fill(dead, 0.0)
         importance = diagonal.clamp(min=0)
         found = []
-        for format_ in on_grids(formats):
-            grid = choose_grid(weight, format_, self.clip, importance)
-            codes = _sweep(weight, grid, format_, order, factor, self.block)
-            found.append(as_quantized(codes, grid, format_))
+        for format_ in formats:
+            if isinstance(format_, NormalFloat):
+                found.append(sweep_normal_float(weight, format_, order, factor))
+                continue
+            integer = on_grid(format_)
+            grid = choose_grid(weight, integer, self.clip, importance)
+            codes = _sweep(weight, grid, integer, order, factor, self.block)
+            found.append(as_quantized(codes, grid, integer))
         return found
 
 

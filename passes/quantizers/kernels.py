@@ -1,4 +1,4 @@
-"""The two inner loops of quantizing, compiled by numba: rows don't interact, so they run in parallel.
+"""The inner loops of quantizing, compiled by numba: rows don't interact, so they run in parallel.
 
 Each row is worked on from end to end while it is in the cache; its result does not depend on how many
 threads there are or which rows are quantized with it.
@@ -64,6 +64,27 @@ def sweep_block(
             code = min(max(np.rint(left[r, i] / scale) + zero, np.float32(0.0)), np.float32(levels))
             error = (left[r, i] - (code - zero) * scale) / factor[i, i]
             codes[r, i] = code
+            errors[r, i - start] = error
+            for j in range(i + 1, end):
+                left[r, j] -= error * factor[i, j]
+
+
+@_compiled
+def sweep_levels(
+    left: Floats, codes: Floats, errors: Floats, factor: Floats, levels: Floats, groups: Integers,
+    start: int, end: int,
+) -> None:  # fmt: skip
+    """`sweep_block` for levels that are no grid: levels [rows, groups, n], of equals the first."""
+    for r in numba.prange(left.shape[0]):
+        for i in range(start, end):
+            offered = levels[r, groups[i]]
+            nearest, least = 0, np.float32(np.inf)
+            for n in range(offered.shape[0]):
+                distance = abs(left[r, i] - offered[n])
+                if distance < least:
+                    nearest, least = n, distance
+            error = (left[r, i] - offered[nearest]) / factor[i, i]
+            codes[r, i] = nearest
             errors[r, i - start] = error
             for j in range(i + 1, end):
                 left[r, j] -= error * factor[i, j]
