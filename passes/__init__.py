@@ -25,6 +25,7 @@ from gammac.passes.rotate import Rotate
 from gammac.passes.sensitivity import STRATEGIES, Gamma
 from gammac.passes.split_rows import SplitRows
 from gammac.pipeline import Pass
+from gammac.targets.target import NO_EMITTER
 
 _IN_ORDER: Final[tuple[type[Pass], ...]] = (
     FoldConstants, RaisePatterns, FoldNorms, Rotate, InsertKvCache, KeepPrecision, SplitRows, CollectGrams,
@@ -113,7 +114,7 @@ def default_pipeline(
     unknown strategy or emitter, or for options that the strategy lacks.
     """
     strategy = strategy_of(choices)
-    if emitter not in LEGALIZERS:
+    if emitter not in (*LEGALIZERS, NO_EMITTER):
         raise CompileError(f"no emitter {emitter!r}", hint=f"there are {', '.join(LEGALIZERS)}")
     how = (choices.quantizer, choices.clip, choices.act_order, choices.damping)
     if choices.learn_rounding and choices.inputs != "full":
@@ -148,5 +149,5 @@ def default_pipeline(
         *((LearnRounding(),) if choices.learn_rounding else ()),
         Quantize(choices.inputs, *how),
         # the form that the emitter writes
-        LEGALIZERS[emitter](),
+        *(() if emitter == NO_EMITTER else (LEGALIZERS[emitter](),)),
     )
