@@ -10,7 +10,7 @@ from gammac.passes.allocate import Allocate
 from gammac.passes.candidates import Candidates
 from gammac.passes.collect_grams import CollectGrams
 from gammac.passes.collect_guided_grams import CollectGuidedGrams
-from gammac.passes.finetune import LearnRounding
+from gammac.passes.finetune import LEARNABLE, LearnRounding
 from gammac.passes.fold_constants import FoldConstants
 from gammac.passes.fold_norms import FoldNorms
 from gammac.passes.insert_kv_cache import InsertKvCache
@@ -36,9 +36,6 @@ PASSES: Final[Mapping[str, type[Pass]]] = {p.name: p for p in _IN_ORDER}
 
 # strategies whose allocations are checked end to end and improved unless the user says no
 REFINED: Final = frozenset({Gamma.name})
-
-# kinds of formats whose codes can be learnt behind the allocation
-LEARNABLE: Final = frozenset({INTEGER})
 
 # emitter → the pass that brings a module into the form that it writes
 LEGALIZERS: Final[Mapping[str, type[Pass]]] = {"onnx": LegalizeOnnx}

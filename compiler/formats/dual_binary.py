@@ -98,6 +98,6 @@ def in_order(scales: Tensor, least: float) -> Tensor:
     """
     first, second = scales.float().unbind(-1)
     sign = torch.where(first < 0, -1.0, 1.0)
-    size = (-sign * second).clamp(min=least)
+    size = (-sign * second).clamp(min=least).half().float()
     long = torch.maximum(first.abs(), size * (1 + 2.0**-9) + least)
     return torch.stack([sign * long, -sign * size], -1).half().float()
