@@ -49,7 +49,7 @@ def test_a_step_lowers_a_quadratic_loss() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(16, 64, generator=generator)
     (start,) = make_quantizer("rtn").quantize(weight, None, (parse_format("w3g32"),))
-    moved = dataclasses.replace(start, codes=(start.codes + 1).clamp(max=7))
+    moved = Quantized(start.format, {**start.parts, "codes": (start.codes + 1).clamp(max=7)})
     target = 1.02 * moved.dequantize()
     latents, losses = Latents(weight, start), []
     for step in range(100):
