@@ -21,6 +21,7 @@ from gammac.models_zoo.fetch import default_cache, fetch
 from gammac.models_zoo.registry import MODELS
 from gammac.models_zoo.texts import default_calibration_text
 from gammac.passes import Choices, default_pipeline, refine_of, strategy_of
+from gammac.passes.finetune import Distill
 from gammac.passes.refine import Refine
 from gammac.passes.sensitivity import NEED_NEXT_TOKEN
 from gammac.pipeline import Context, Observer, Pipeline, Step
@@ -123,6 +124,7 @@ def make_plan(request: Request, cache: Path | None = None) -> Plan:
     module = capture(source, store)
     wanted = (strategy_of(request.choices), *refine_of(request.choices))
     needy = [p.name for p in wanted if p.name in NEED_NEXT_TOKEN or isinstance(p, Refine)]
+    needy += [Distill.name] if request.choices.distill else []
     if module.attrs.get("kind") == "encoder" and needy:
         raise CompileError(
             f"{source.name} is an encoder: {needy[0]} needs a next token", hint="use --strategy weight_mse"

@@ -20,7 +20,7 @@ from gammac.passes.allocate import Allocate
 from gammac.passes.candidates import Candidates
 from gammac.passes.collect_grams import CollectGrams
 from gammac.passes.collect_guided_grams import CollectGuidedGrams
-from gammac.passes.finetune import LearnRounding
+from gammac.passes.finetune import Distill, LearnRounding
 from gammac.passes.sensitivity import Amq, DeltaLoss, Fisher, Gamma, GreedyKl, Hawq
 from gammac.passes.sensitivity.scores import grid_noise
 from gammac.pipeline import Context, Pass, Pipeline
@@ -97,6 +97,10 @@ def _seconds(plan: Plan, module: Module, tokens: int) -> float:
     if plan.request.choices.learn_rounding:
         learn = LearnRounding()
         gemm += 2 * block * (3 * learn.steps * learn.batch * plan.request.calibration_length + 4 * tokens)
+    if plan.request.choices.distill:
+        distill = Distill()
+        learnt_from = distill.steps * distill.batch * plan.request.calibration_length
+        gemm += 2 * every * (4 * learnt_from + 1.25 * tokens)
     sweeps = every * formats * SWEEP_NANOSECONDS * 1e-9
     return plan.capture_seconds + gemm / _flops() + sweeps + every * 1e-8
 

@@ -10,7 +10,7 @@ from gammac.passes.allocate import Allocate
 from gammac.passes.candidates import Candidates
 from gammac.passes.collect_grams import CollectGrams
 from gammac.passes.collect_guided_grams import CollectGuidedGrams
-from gammac.passes.finetune import LearnRounding
+from gammac.passes.finetune import Distill, LearnRounding
 from gammac.passes.fold_constants import FoldConstants
 from gammac.passes.fold_norms import FoldNorms
 from gammac.passes.insert_kv_cache import InsertKvCache
@@ -28,7 +28,8 @@ from gammac.pipeline import Pass
 
 _IN_ORDER: Final[tuple[type[Pass], ...]] = (
     FoldConstants, RaisePatterns, FoldNorms, Rotate, InsertKvCache, KeepPrecision, SplitRows, CollectGrams,
-    CollectGuidedGrams, Candidates, *STRATEGIES.values(), Allocate, Refine, LearnRounding, Quantize,
+    CollectGuidedGrams, Candidates, *STRATEGIES.values(), Allocate, Refine, LearnRounding, Distill,
+    Quantize,
     LegalizeOnnx,
 )  # fmt: skip
 PASSES: Final[Mapping[str, type[Pass]]] = {p.name: p for p in _IN_ORDER}
@@ -61,6 +62,7 @@ class Choices:
     rotate: bool = False
     guided: bool = False
     learn_rounding: bool = False
+    distill: bool = False
 
 
 def strategy_of(choices: Choices) -> Pass:
@@ -107,9 +109,9 @@ def default_pipeline(
     if emitter not in LEGALIZERS:
         raise CompileError(f"no emitter {emitter!r}", hint=f"there are {', '.join(LEGALIZERS)}")
     how = (choices.quantizer, choices.clip, choices.act_order, choices.damping)
-    if choices.learn_rounding and choices.inputs != "full":
+    if (choices.learn_rounding or choices.distill) and choices.inputs != "full":
         raise CompileError(
-            "learn_rounding starts from the candidates, which have full-precision inputs",
+            "what is learnt starts from the candidates, which have full-precision inputs",
             hint="leave out --inputs quantized: learning reads what quantized blocks put out anyway",
         )
     _check_kinds(choices)
@@ -137,6 +139,7 @@ def default_pipeline(
         Allocate(tie=choices.tie, extra_bytes=extra_bytes),
         *refine_of(choices, extra_bytes),
         *((LearnRounding(),) if choices.learn_rounding else ()),
+        *((Distill(),) if choices.distill else ()),
         Quantize(choices.inputs, *how),
         # the form that the emitter writes
         LEGALIZERS[emitter](),

@@ -49,6 +49,12 @@ class StrategyOption(click.Option):
     show_default=True,
     help="Learn codes and scales block by block behind the allocation: minutes, and worth them at few bits.",
 )
+@click.option(
+    "--distill/--no-distill",
+    default=False,
+    show_default=True,
+    help="Then learn scales and norms end to end from full precision's predictions.",
+)
 @shared_options
 @click.option("--seed", default=0, show_default=True)
 @click.option(
@@ -64,7 +70,7 @@ def compile_command(**options: Any) -> None:
     from gammac.runtime.staging import check_writable
 
     check_writable(options["out"], not options["keep_existing"])
-    chosen = {name: options[name] for name in ("strategy", "inputs", "learn_rounding")}
+    chosen = {name: options[name] for name in ("strategy", "inputs", "learn_rounding", "distill")}
     request = request_of(options, "+".join(options["budgets"]), options["seed"], **chosen)
     with ERR.status("capturing the model"):
         plan = make_plan(request, options["cache"])
