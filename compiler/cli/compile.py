@@ -35,6 +35,12 @@ class StrategyOption(click.Option):
     help="3 (payload bits), 3bpw (true bits), 80MB, 12ms/token; several hold together.",
 )
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The artifact's folder.")
+@click.option(
+    "--recipe",
+    type=click.Choice(["fast", "balanced", "best"]),
+    help="Options that go well together: fast (fisher), balanced (gamma, the defaults), best (gamma on "
+    "guided Gram matrices, then learned rounding and distillation). What you choose yourself holds.",
+)
 @click.option("--strategy", cls=StrategyOption, default="gamma", show_default=True)
 @click.option(
     "--inputs",
@@ -70,15 +76,19 @@ def compile_command(**options: Any) -> None:
     from gammac.runtime.staging import check_writable
 
     check_writable(options["out"], not options["keep_existing"])
+    _follow_recipe(options)
     chosen = {name: options[name] for name in ("strategy", "inputs", "learn_rounding", "distill")}
     request = request_of(options, "+".join(options["budgets"]), options["seed"], **chosen)
     with ERR.status("capturing the model"):
         plan = make_plan(request, options["cache"])
-    if options["dry_run"]:
+    if options["dry_run"] or options["recipe"]:
         from gammac.dryrun import estimate
 
-        OUT.print(tables.estimate(plan, estimate(plan)))
-        return
+        found = estimate(plan)
+        if options["dry_run"]:
+            OUT.print(tables.estimate(plan, found))
+            return
+        OUT.print(f"recipe {options['recipe']}: {tables.expected_time(found)}", highlight=False)
     observers = [_dumper(options["dump_ir"])] if options["dump_ir"] else []
     compiled = compile_model(
         plan,
@@ -90,6 +100,16 @@ def compile_command(**options: Any) -> None:
     if options["timings"]:
         OUT.print(tables.timings(compiled.steps))
     _print_compiled(plan, compiled)
+
+
+def _follow_recipe(options: dict[str, Any]) -> None:
+    """Set what the recipe says where the user said nothing."""
+    from gammac.passes.recipes import RECIPES
+
+    context = click.get_current_context()
+    for name, value in RECIPES[options["recipe"]].items() if options["recipe"] else ():
+        if context.get_parameter_source(name) == click.core.ParameterSource.DEFAULT:
+            options[name] = value
 
 
 def _dumper(folder: Path) -> Any:
