@@ -21,7 +21,7 @@ from gammac.cache import key_of
 from gammac.diagnostics import CompileError, Diagnostic
 from gammac.formats import Format, parse_formats
 from gammac.ir import Module, Weight
-from gammac.passes.quantizers import Quantizer, make_quantizer, output_error
+from gammac.passes.quantizers import Gptq, Quantizer, Quip, make_quantizer, output_error
 from gammac.pipeline import Context, Invariant
 
 
@@ -125,6 +125,8 @@ def quantize_stack(
     gram = gram_of(stack[0], ctx) if gram is None else gram
     if gram is None and quantizer.needs_gram:
         quantizer = make_quantizer("rtn")  # an embedding that no linear reads has no inputs to weigh
+    if isinstance(quantizer, Quip) and "incoherence" not in stack[0].attrs:
+        quantizer = Gptq(act_order=quantizer.act_order, damping=quantizer.damping)  # weights do stand out
     results = quantizer.quantize(torch.cat(floats), gram, formats)
     found: dict[str, Any] = {w.name: {"candidates": {}, "errors": {}} for w in stack}
     for format_, whole in zip(formats, results, strict=True):
