@@ -94,7 +94,13 @@ def incoherence_of(choices: Choices) -> tuple[Incoherence, ...]:
             "rotate and incoherence both turn the weights, each in its own way",
             hint="leave out --rotate, or write --incoherence none and another --quantizer than quip",
         )
-    return (Incoherence(**{"kind": kind, **options_of("incoherence", Incoherence, options)}),)
+    found = Incoherence(**{"kind": kind, **options_of("incoherence", Incoherence, options)})
+    if found.rescale and not make_quantizer(choices.quantizer).needs_gram:
+        raise CompileError(
+            f"rescale needs the Gram matrices, which {choices.quantizer} does without",
+            hint="leave it out, or quantize with gptq or quip",
+        )
+    return (found,)
 
 
 def default_pipeline(
