@@ -1,16 +1,23 @@
 """Incoherence: orthogonal factors, a function that is kept, Gram matrices and bits that follow."""
 
+from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from families import captured
 from llama_module import VOCAB, llama
+from onnx_models import Shape, decoder, quantized
+from test_onnx import EXACT, ROUNDED, distance
 from test_rotate import logits_of, with_outliers
 from torch import Tensor
 
 from gammac.budget import parse_budget
 from gammac.diagnostics import CompileError
+from gammac.driver import Request, make_plan
+from gammac.dryrun import estimate
 from gammac.formats import parse_format
 from gammac.ir import Module, to_text
 from gammac.passes import Choices, default_pipeline
@@ -20,12 +27,14 @@ from gammac.passes.collect_grams import CollectGrams
 from gammac.passes.incoherence import Incoherence
 from gammac.passes.insert_kv_cache import InsertKvCache
 from gammac.passes.kronecker import KINDS, factors_of, random_kronecker
+from gammac.passes.legalize_onnx import LegalizeOnnx
 from gammac.passes.quantizers import output_error
 from gammac.passes.sensitivity.scores import candidate
 from gammac.passes.split_rows import SplitRows
 from gammac.pipeline import Context
 from gammac.runtime.reference import InterpreterSession
 from gammac.targets.cost import module_cost, op_seconds, sizes_of
+from gammac.targets.onnx.emit import emit
 from gammac.targets.target import load_target
 from gammac.texts import Calibration
 from gammac.weights import WeightStore
@@ -60,7 +69,7 @@ def test_factors_lie_near_the_square_root(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("size", [16, 48, 192, 576, 1536])
+@pytest.mark.parametrize("size", [16, 48, 192, 576])
 def test_products_are_orthogonal_and_what_they_say(size: int, kind: str) -> None:
     found = random_kronecker(kind, size, "0.x")
     assert found is not None
@@ -113,8 +122,8 @@ def test_the_function_is_kept(options: Incoherence, module: Module, turned: Turn
     assert found.weights["embed.weight"] == module.weights["embed.weight"]
 
 
-# biases, layer norms, norms of heads, an encoder: whatever stands around a linear
-@pytest.mark.parametrize("family", ["qwen2", "gemma3", "gpt2", "bert"])
+# biases, layer norms: whatever stands around a linear
+@pytest.mark.parametrize("family", ["qwen2", "gpt2"])
 def test_families_keep_their_outputs(family: str) -> None:
     found = captured(family)
     tokens = torch.randint(3, 50, (2, 9), generator=torch.Generator().manual_seed(2)).numpy()
@@ -269,6 +278,37 @@ def test_products_of_matrices_take_their_operations(turned: Turn, ctx: Context) 
     few, many = (op_seconds(op, found, ctx.target, sizes_of(n, 0)) for n in (1, 4096))
     flops = 2 * 4096 * 64 * 8
     assert many - few > flops / (ctx.target.float_gflops * ctx.target.threads * 1e9)
+
+
+# ---- the artifact -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("formats", "bound"), [({}, EXACT), ({"": "w4g32"}, ROUNDED)], ids=["f32", "w4g32"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_onnx_runtime_gives_the_interpreters_numbers(
+    kind: str, formats: dict[str, str], bound: float, tmp_path: Path
+) -> None:
+    """Prefill and decoding; the factors are small f32 products, what is quantized stays packed."""
+    store = WeightStore()
+    ctx = Context(load_target("cpu-x86"), store)
+    turned = quantized(Incoherence(kind).run(decoder(Shape(bias=True), store), ctx), store, formats)
+    module = LegalizeOnnx().run(turned, ctx)
+    emit(module, store, tmp_path)
+    assert distance(module, tmp_path, store) < bound
+    kinds = Counter(node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node)
+    # a layer turns four inputs and seven outputs, by two factors each
+    assert kinds["MatMul"] >= 2 * 2 * (4 + 7)
+    assert (kinds["MatMulNBits"] > 0) == bool(formats)
+
+
+def test_the_dry_run_counts_what_the_compile_stores(tmp_path: Path) -> None:
+    """Factors of 256 = 16 · 16, 512 = 16 · 32 and 128 = 8 · 16; the vectors of five layers' o and down."""
+    choices = Choices("w3g64", quantizer="quip", strategy="uniform", incoherence="kronecker:rescale=on")
+    plan = make_plan(Request("tiny", "cpu-x86", "3", choices), tmp_path)
+    block = sum(w.type.numel() for w in plan.module.weights.values() if w.attrs.get("role") == "block")
+    floats = 2 * (256 + 256) + 2 * (256 + 1024) + (64 + 256) + 5 * (256 + 512)
+    expected = 3 + (16 + 3) / 64 + 32 * floats / block
+    assert estimate(plan).cost.true_bits == pytest.approx(expected)
 
 
 # ---- who asks for it, and refusals --------------------------------------------------------------
