@@ -125,8 +125,9 @@ def quantize_stack(
     gram = gram_of(stack[0], ctx) if gram is None else gram
     if gram is None and quantizer.needs_gram:
         quantizer = make_quantizer("rtn")  # an embedding that no linear reads has no inputs to weigh
-    if isinstance(quantizer, Quip) and "incoherence" not in stack[0].attrs:
-        quantizer = Gptq(act_order=quantizer.act_order, damping=quantizer.damping)  # weights do stand out
+    if isinstance(quantizer, Quip) and stack[0].attrs["role"] == "table":
+        # nobody makes tables incoherent, and quip's range would cut off what stands out there
+        quantizer = Gptq(act_order=quantizer.act_order, damping=quantizer.damping)
     results = quantizer.quantize(torch.cat(floats), gram, formats)
     found: dict[str, Any] = {w.name: {"candidates": {}, "errors": {}} for w in stack}
     for format_, whole in zip(formats, results, strict=True):

@@ -148,28 +148,27 @@ class _Turned:
         assert isinstance(columns, int)
         norms = self._norms_of(group)
         if norms:
-            scales = (1 if scales is None else scales) * random_signs(
-                columns, f"{self.ctx.seed}.signs.{columns}"
-            )
+            signs = random_signs(columns, f"{self.ctx.seed}.signs.{columns}")
+            scales = signs if scales is None else signs * scales
         if scales is not None:
             scales = scales.float().double()
             self._multiply_input(group, norms, scales)
+        else:
+            scales = torch.ones(columns, dtype=torch.float64)
         turn = self._factors("in", columns, op.loc).matrix
+        grams = {str(w.attrs["gram"]) for w in weights if "gram" in w.attrs}
+        turned = {digest: self._turned_gram(digest, turn, scales) for digest in sorted(grams)}
         for weight in weights:
-            self._turn_weight(weight, turn, scales, op.loc)
+            values = turn(self.ctx.store.tensor(weight.digest).double() / scales)
+            values = self._back(weight, op.loc).inverse(values.T).T
+            attrs = {"gram": turned[str(weight.attrs["gram"])]} if "gram" in weight.attrs else {}
+            changed = self._with_bytes(weight, values)
+            self.changed[weight.name] = changed.with_attrs(**attrs, incoherence=self.options.kind)
         self._turn_biases(group)
 
-    def _turn_weight(self, weight: Weight, turn: Kronecker, scales: Tensor | None, loc: str) -> None:
-        values = self.ctx.store.tensor(weight.digest).double()
-        values = turn(values if scales is None else values / scales)
-        values = self._back(weight, loc).inverse(values.T).T
-        changed = self._with_bytes(weight, values).with_attrs(incoherence=self.options.kind)
-        if "gram" in weight.attrs:
-            gram = self.ctx.store.tensor(str(weight.attrs["gram"])).double()
-            gram = gram if scales is None else scales[:, None] * gram * scales
-            digest = self.ctx.store.put({"data": turn(turn(gram).T).T.float()})
-            changed = changed.with_attrs(gram=digest)
-        self.changed[weight.name] = changed
+    def _turned_gram(self, digest: str, turn: Kronecker, scales: Tensor) -> str:
+        gram = scales[:, None] * self.ctx.store.tensor(digest).double() * scales
+        return self.ctx.store.put({"data": turn(turn(gram).T).T.float()})
 
     def _back(self, weight: Weight, loc: str) -> Kronecker:
         """Uᵀ, which turns what a linear puts out back."""

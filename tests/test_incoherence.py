@@ -234,7 +234,7 @@ def test_two_bits_a_row_lose_less_than_without(kind: str, module: Module, turned
     assert better >= 12 and sum(errors["turned"]) < 0.6 * sum(errors["plain"])
 
 
-def test_quip_leaves_what_is_not_incoherent_to_gptq(module: Module, turned: Turn, ctx: Context) -> None:
+def test_quip_leaves_tables_to_gptq(module: Module, turned: Turn, ctx: Context) -> None:
     found = {
         q: Candidates("w4channel", "w4channel", quantizer=q).run(turned(Incoherence()), ctx).weights
         for q in ("quip", "gptq")
