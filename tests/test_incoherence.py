@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -21,17 +22,21 @@ from gammac.dryrun import estimate
 from gammac.formats import parse_format
 from gammac.ir import Module, to_text
 from gammac.passes import Choices, default_pipeline
-from gammac.passes.allocate import limit_of
+from gammac.passes.allocate import Allocate, limit_of
 from gammac.passes.candidates import Candidates
 from gammac.passes.collect_grams import CollectGrams
+from gammac.passes.finetune import LearnRounding
 from gammac.passes.incoherence import Incoherence
 from gammac.passes.insert_kv_cache import InsertKvCache
 from gammac.passes.kronecker import KINDS, factors_of, random_kronecker
 from gammac.passes.legalize_onnx import LegalizeOnnx
+from gammac.passes.options import parse_strategy
+from gammac.passes.quantize import Quantize
 from gammac.passes.quantizers import output_error
+from gammac.passes.sensitivity import STRATEGIES
 from gammac.passes.sensitivity.scores import candidate
 from gammac.passes.split_rows import SplitRows
-from gammac.pipeline import Context
+from gammac.pipeline import Context, Pipeline
 from gammac.runtime.reference import InterpreterSession
 from gammac.targets.cost import module_cost, op_seconds, sizes_of
 from gammac.targets.onnx.emit import emit
@@ -278,6 +283,26 @@ def test_products_of_matrices_take_their_operations(turned: Turn, ctx: Context) 
     few, many = (op_seconds(op, found, ctx.target, sizes_of(n, 0)) for n in (1, 4096))
     flops = 2 * 4096 * 64 * 8
     assert many - few > flops / (ctx.target.float_gflops * ctx.target.threads * 1e9)
+
+
+@pytest.mark.parametrize("strategy", ["gamma{steps=2,draws=2}", "fisher", "delta_loss"])
+def test_turned_modules_are_scored_allocated_and_learnt(
+    strategy: str, module: Module, turned: Turn, ctx: Context
+) -> None:
+    """What follows the pass: factors are no weights to choose a format for, and stay floats."""
+    budgets = (parse_budget("3.5bpw"),)
+    ctx = replace(ctx, budgets=budgets)
+    passes = (
+        Candidates("w2g32+w4g32", "w8g32", quantizer="quip"),
+        parse_strategy(strategy, STRATEGIES),
+        Allocate(),
+        LearnRounding(steps=2, batch=2),
+        Quantize(),
+    )
+    found = Pipeline(passes).run(turned(Incoherence(rescale=True)), ctx)
+    assert module_cost(found, ctx.target).true_bits <= 3.5
+    stored = {n for n, w in found.weights.items() if "stored" in w.attrs}
+    assert stored == {n for n, w in module.weights.items() if "role" in w.attrs}
 
 
 # ---- the artifact -------------------------------------------------------------------------------
