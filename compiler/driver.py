@@ -50,6 +50,7 @@ LIBRARY_BYTES: Final = 350_000
 SIZE_TRIES: Final = 3
 LIBRARY_SUFFIXES: Final = (".so", ".dylib", ".dll")
 MODULE: Final = "module.gir"
+NO_ROLE: Final = "neither a block's linear, nor the token embedding, nor the head"
 
 
 @dataclass(frozen=True)
@@ -267,7 +268,7 @@ def not_quantized(module: Module) -> Iterator[tuple[str, str]]:
     """Weights of two dimensions that stay floats, and why."""
     for name, weight in module.weights.items():
         if weight.type.rank == 2 and "stored" not in weight.attrs:
-            yield name, "neither a block's linear, nor the token embedding, nor the head"
+            yield name, "a factor of incoherence" if "serves" in weight.attrs else NO_ROLE
 
 
 def fallbacks(plan: Plan, module: Module) -> Iterator[tuple[str, str]]:

@@ -15,12 +15,14 @@ import torch
 from gammac.calibration import BATCH_WINDOWS
 from gammac.driver import Plan, calibration_of, context_of, extra_bytes
 from gammac.ir import Module, Weight
-from gammac.passes import default_pipeline, refine_of, strategy_of
+from gammac.passes import default_pipeline, incoherence_of, refine_of, strategy_of
 from gammac.passes.allocate import Allocate
 from gammac.passes.candidates import Candidates
 from gammac.passes.collect_grams import CollectGrams
 from gammac.passes.collect_guided_grams import CollectGuidedGrams
 from gammac.passes.finetune import Distill, LearnRounding
+from gammac.passes.incoherence import Incoherence
+from gammac.passes.quantizers import make_quantizer
 from gammac.passes.sensitivity import Amq, DeltaLoss, Fisher, Gamma, GreedyKl, Hawq
 from gammac.passes.sensitivity.scores import grid_noise
 from gammac.pipeline import Context, Pass, Pipeline
@@ -28,8 +30,8 @@ from gammac.targets.cost import Cost, module_cost
 
 # of a weight in a format: 134 million weights in four formats took 63 s on two cores
 SWEEP_NANOSECONDS: Final = 120.0
-# the first of the passes that take long; what stands before them only rewrites the module
-MEASURING: Final = (CollectGrams, CollectGuidedGrams, Candidates)
+# what stands before the candidates only rewrites the module, but for these
+MEASURING: Final = (CollectGrams, CollectGuidedGrams)
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,23 @@ def guess_scores(plan: Plan, ctx: Context) -> Module:
     """The module as candidates would find it, with the noise model's scores."""
     choices = plan.request.choices
     passes = default_pipeline(choices, plan.target.emitter, compiler=plan.compiler)
-    module = Pipeline(tuple(takewhile(lambda p: not isinstance(p, MEASURING), passes))).run(plan.module, ctx)
+    before = tuple(takewhile(lambda p: not isinstance(p, Candidates), passes))
+    collected = any(isinstance(p, MEASURING) for p in before)
+    module = Pipeline(tuple(p for p in before if not isinstance(p, (*MEASURING, Incoherence)))).run(
+        plan.module, ctx
+    )
+    if collected:
+        module = module.with_weights(*(_with_white_gram(w, ctx) for w in _choosable(module)))
+    module = Pipeline(incoherence_of(choices)).run(module, ctx)
     candidates = Candidates(choices.block, choices.table, compiler=plan.compiler)
     return module.with_weights(*(_guessed(w, candidates, ctx) for w in _choosable(module)))
+
+
+def _with_white_gram(weight: Weight, ctx: Context) -> Weight:
+    """As calibration on white noise would find it: no pass needs more for sizes to be exact."""
+    columns = weight.type.shape[1]
+    assert isinstance(columns, int)
+    return weight.with_attrs(gram=ctx.store.put({"data": torch.eye(columns)}))
 
 
 def _choosable(module: Module) -> list[Weight]:
@@ -85,7 +101,7 @@ def _seconds(plan: Plan, module: Module, tokens: int) -> float:
     every = sum(w.type.numel() for w in weights)
     formats = len(plan.request.choices.block.split("+"))
     gemm = 0.0
-    if plan.request.choices.quantizer == "gptq":
+    if make_quantizer(plan.request.choices.quantizer).needs_gram:
         grams = sum(int(str(w.type.shape[1])) ** 2 for w in weights)
         guided = plan.request.choices.guided  # forward, forward again, backward; a product for each linear
         # otherwise q, k, v and gate, up share a matrix

@@ -13,12 +13,13 @@ from gammac.passes.collect_guided_grams import CollectGuidedGrams
 from gammac.passes.finetune import Distill, LearnRounding
 from gammac.passes.fold_constants import FoldConstants
 from gammac.passes.fold_norms import FoldNorms
+from gammac.passes.incoherence import Incoherence
 from gammac.passes.insert_kv_cache import InsertKvCache
 from gammac.passes.keep_precision import KeepPrecision
 from gammac.passes.legalize_onnx import LegalizeOnnx
-from gammac.passes.options import parse_strategy
+from gammac.passes.options import options_of, parse_strategy
 from gammac.passes.quantize import Quantize
-from gammac.passes.quantizers import QUANTIZERS, make_quantizer
+from gammac.passes.quantizers import QUANTIZERS, Quip, make_quantizer
 from gammac.passes.raise_patterns import RaisePatterns
 from gammac.passes.refine import Refine
 from gammac.passes.rotate import Rotate
@@ -28,9 +29,8 @@ from gammac.pipeline import Pass
 
 _IN_ORDER: Final[tuple[type[Pass], ...]] = (
     FoldConstants, RaisePatterns, FoldNorms, Rotate, InsertKvCache, KeepPrecision, SplitRows, CollectGrams,
-    CollectGuidedGrams, Candidates, *STRATEGIES.values(), Allocate, Refine, LearnRounding, Distill,
-    Quantize,
-    LegalizeOnnx,
+    CollectGuidedGrams, Incoherence, Candidates, *STRATEGIES.values(), Allocate, Refine, LearnRounding,
+    Distill, Quantize, LegalizeOnnx,
 )  # fmt: skip
 PASSES: Final[Mapping[str, type[Pass]]] = {p.name: p for p in _IN_ORDER}
 
@@ -47,6 +47,7 @@ class Choices:
 
     `strategy` may have options, as in a pipeline, and `+refine`, with or without options, behind it.
     `refine` on or off holds where the strategy doesn't say it; by default only gamma is refined.
+    `incoherence` is a kind of that pass, with or without options, or none; None: what the quantizer needs.
     """
 
     block: str = "w2g64+w3g64+w4g64+w8g64"
@@ -61,6 +62,7 @@ class Choices:
     tie: bool | None = None
     rotate: bool = False
     guided: bool = False
+    incoherence: str | None = None
     learn_rounding: bool = False
     distill: bool = False
 
@@ -96,6 +98,27 @@ def _check_kinds(choices: Choices) -> None:
         raise CompileError("learn_rounding learns integer codes only", hint="choose formats such as w3g64")
 
 
+def incoherence_of(choices: Choices) -> tuple[Incoherence, ...]:
+    """The pass that makes weights incoherent, or nothing. Raises CompileError for wrong options."""
+    quip = choices.quantizer.partition(":")[0] == Quip.name
+    wanted = choices.incoherence or ("kronecker" if quip else "none")
+    if wanted == "none":
+        return ()
+    kind, *options = wanted.split(":")
+    if choices.rotate:
+        raise CompileError(
+            "rotate and incoherence both turn the weights, each in its own way",
+            hint="leave out --rotate, or write --incoherence none and another --quantizer than quip",
+        )
+    found = Incoherence(**{"kind": kind, **options_of("incoherence", Incoherence, options)})
+    if found.rescale and not make_quantizer(choices.quantizer).needs_gram:
+        raise CompileError(
+            f"rescale needs the Gram matrices, which {choices.quantizer} does without",
+            hint="leave it out, or quantize with gptq or quip",
+        )
+    return (found,)
+
+
 def default_pipeline(
     choices: Choices, emitter: str, *, compiler: bool, extra_bytes: int = 0
 ) -> tuple[Pass, ...]:
@@ -121,6 +144,7 @@ def default_pipeline(
             "gradients are those of the full-precision model: guided needs its inputs",
             hint="leave out --inputs quantized or --guided",
         )
+    incoherence = incoherence_of(choices)
     needs_gram = make_quantizer(choices.quantizer).needs_gram
     return (
         # the program as a person would write it
@@ -133,6 +157,7 @@ def default_pipeline(
         *(() if compiler else (SplitRows(),)),
         # what each weight would lose in each format
         *((collect,) if needs_gram else ()),
+        *incoherence,
         Candidates(choices.block, choices.table, *how, compiler=compiler),
         strategy,
         # the choice, and its execution; everything above is the same for every budget
