@@ -72,7 +72,7 @@ def study_command(**options: Any) -> None:
         _print_estimate(ready)
         return
     check_folder(options["out"])
-    found = run_study(ready, lambda study: _write(study, options["out"]))
+    found = run_study(ready, lambda study: _show(study, options["out"]))
     _print_study(found, [*_write(found, options["out"]), *_drawn(found, options["out"])], options["out"])
     if found.failed:
         sys.exit(1)
@@ -107,6 +107,14 @@ def _write(study: "Study", folder: Path) -> list[Path]:
     return report.write(study, folder)
 
 
+def _show(study: "Study", folder: Path) -> None:
+    """The files as far as they go, and a line for the newest row."""
+    from gammac.study import report
+
+    _write(study, folder)
+    ERR.print(report.line(study.rows[-1]), highlight=False, markup=False)
+
+
 def _drawn(study: "Study", folder: Path) -> list[Path]:
     """The plot, if there is matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
@@ -125,9 +133,8 @@ def _print_study(study: "Study", paths: list[Path], folder: Path) -> None:
         OUT.print(tables.grid(grid))
     OUT.print(report.headline(study), highlight=False, markup=False, soft_wrap=True)
     OUT.print(f"{len(paths)} files in {folder}: {', '.join(p.name for p in paths)}", highlight=False)
-    for row in study.rows:
-        if row.said:
-            ERR.print(f"{row.status}: {row.spec.label}: {row.said}", highlight=False, markup=False)
+    for remark in report.remarks(study):
+        ERR.print(remark, highlight=False, markup=False, soft_wrap=True)
 
 
 def _print_estimate(ready: "Prepared") -> None:

@@ -14,6 +14,11 @@ from gammac.passes import LEGALIZERS, default_pipeline
 from gammac.passes.candidates import Candidates
 from gammac.passes.collect_grams import CollectGrams
 from gammac.passes.collect_guided_grams import CollectGuidedGrams
+from gammac.passes.fold_constants import FoldConstants
+from gammac.passes.insert_kv_cache import InsertKvCache
+from gammac.passes.keep_precision import KeepPrecision
+from gammac.passes.raise_patterns import RaisePatterns
+from gammac.passes.split_rows import SplitRows
 from gammac.pipeline import Context, Pass, Pipeline, Step, full_options_text
 from gammac.runtime.probe import peak_rss_bytes
 from gammac.study.rows import RowSpec
@@ -21,6 +26,8 @@ from gammac.sweep import seconds_of, sum_of
 from gammac.targets.target import load_target
 
 CALIBRATING: Final = (CollectGrams, CollectGuidedGrams)
+# passes of no time worth telling, which any other compile may have left in the cache
+REWRITING: Final = (FoldConstants, RaisePatterns, InsertKvCache, KeepPrecision, SplitRows)
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,7 @@ class Seconds:
 
     calibration: float | None  # shared by all rows that see the same inputs
     candidates: float | None
-    rest: float | None  # allocation, learning, transforms
+    rest: float | None  # transforms, allocation, learning
 
     @property
     def total(self) -> float | None:
@@ -79,7 +86,7 @@ def make(plan: Plan, ctx: Context) -> Made:
     module = Pipeline(passes_of(plan), (steps.append,)).run(plan.module, own)
     worked = any(not step.cached for step in steps if isinstance(step.pass_, Candidates))
     peak = peak_rss_bytes() if fresh and worked else None
-    took = [(step.pass_, seconds_of(step, own)) for step in steps]
+    took = [(s.pass_, seconds_of(s, own)) for s in steps if not isinstance(s.pass_, REWRITING)]
     calibration = [s for p, s in took if isinstance(p, CALIBRATING)]
     candidates = [s for p, s in took if isinstance(p, Candidates)]
     rest = [s for p, s in took if not isinstance(p, (*CALIBRATING, Candidates))]

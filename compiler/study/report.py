@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
 
@@ -51,11 +52,11 @@ def _bits(row: Row) -> tuple[str, str, str]:
 
 
 def _cells(row: Row, columns: dict[str, Cell]) -> Iterator[str]:
-    """What was found; for a row without figures the reason, in the first cell."""
+    """What was found; for a row without figures what became of it, in the first cell."""
     if row.figures is not None:
         yield from (cell(row.figures) for cell in columns.values())
         return
-    yield f"{row.status}: {row.said}".replace("|", "\\|")
+    yield row.status
     yield from [NOTHING] * (len(columns) - 1)
 
 
@@ -93,16 +94,14 @@ COSTS: Final[dict[str, Cell]] = {
 def estimate_grid(model: str, found: Sequence[RowEstimate]) -> Grid:
     """What a dry run tells."""
     rows = [
-        (e.spec.label, *(_minutes(s) for s in (e.calibration, e.quantization, e.evaluation)), e.said)
+        (e.spec.label, *(_duration(getattr(e, name)) for name in ESTIMATED), e.said)
         if not e.said
         else (e.spec.label, NOTHING, NOTHING, NOTHING, e.said)
         for e in found
     ]
-    total = ("total", *(_minutes(sum(getattr(e, n) for e in found)) for n in ESTIMATED), "")
-    head = ("row", *(f"{name}, min" for name in ESTIMATED), "")
-    return Grid(
-        f"{model} (dry run): about {_minutes(sum(e.seconds for e in found))} minutes", head, (*rows, total)
-    )
+    total = ("all", *(_duration(sum(getattr(e, name) for e in found)) for name in ESTIMATED), "")
+    title = f"{model} (dry run): about {_duration(sum(e.seconds for e in found))}"
+    return Grid(title, ("row", *ESTIMATED, ""), (*rows, total))
 
 
 def ppl(value: float | None) -> str:
@@ -127,8 +126,19 @@ def _seconds(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.1f}"
 
 
-def _minutes(seconds: float) -> str:
-    return f"{seconds / 60:.1f}"
+def line(row: Row) -> str:
+    """A finished row in a line."""
+    if row.figures is None:
+        return f"{row.spec.label}: {row.status}"
+    found = [f"{row.figures.storage.true_bits:.3f} true bits"]
+    found += [f"perplexity {ppl(on.ppl)} on {name}" for name, on in row.figures.texts.items()]
+    if row.figures.tasks:
+        found.append(f"accuracy {_percent(row.figures.mean_accuracy)}")
+    return f"{row.spec.label}: {', '.join(found)}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 def headline(study: Study) -> str:
@@ -148,6 +158,12 @@ NOTES: Final = (
     "weights, norms in 32 bits. Tasks: accuracy in percent, zero-shot. Seconds are those of the run that did "
     "the work; calibration is shared by rows."
 )
+
+
+def remarks(study: Study) -> Iterator[str]:
+    """Why rows have no figures."""
+    for said, rows in groupby((r for r in study.rows if r.said), key=lambda row: (row.status, row.said)):
+        yield f"{said[0]}: {', '.join(row.spec.label for row in rows)}: {said[1]}"
 
 
 def recipes(study: Study) -> Iterator[str]:

@@ -22,6 +22,7 @@ from gammac.study.make import Seconds, key_of_row, make, passes_of, plan_of
 from gammac.study.measure import Harness, OnText, Text
 from gammac.study.rows import RowSpec
 from gammac.study.storage import Storage, float_storage, storage_of
+from gammac.texts import read_text
 
 FULL: Final = "full precision"
 # the study's order of columns; other tasks come behind these, by name
@@ -139,6 +140,8 @@ def prepare(wish: StudyRequest, cache: Path | None = None, progress: Progress = 
     """Find and check everything that can be known early. Raises CompileError."""
     if not wish.texts and wish.tasks is None:
         raise CompileError("nothing to measure rows on", hint="give --text FILE or --tasks DIR")
+    _refuse_texts(wish.texts)
+    tasks = [read_task(path, wish.items) for path in _task_files(wish.tasks)]
     plan = make_plan(FULL_ROW.request(wish.request), cache)
     if plan.module.attrs.get("kind") == "encoder":
         raise CompileError(
@@ -151,7 +154,7 @@ def prepare(wish: StudyRequest, cache: Path | None = None, progress: Progress = 
         if not row.lacking:
             passes_of(plan_of(row, plan))
     ctx = context_of(plan, progress)
-    texts, tasks = list(_texts(wish, plan)), [read_task(path, wish.items) for path in _task_files(wish.tasks)]
+    texts = list(_texts(wish, plan))
     reference = Pipeline((FoldConstants(), RaisePatterns())).run(plan.module, ctx)
     context = int(str(plan.module.attrs.get("max_positions", WINDOW)))
     return Prepared(wish, plan, ctx, Harness(reference, ctx, plan.source.tokenizer, texts, tasks, context))
@@ -205,11 +208,17 @@ def _parameters(ready: Prepared) -> int:
 # ---- texts and tasks ----------------------------------------------------------------------------
 
 
-def _texts(wish: StudyRequest, plan: Plan) -> Iterator[Text]:
-    names = [path.stem for path in wish.texts]
+def _refuse_texts(paths: Sequence[Path]) -> None:
+    """Raise CompileError for a text that can't be read, and for two of one name."""
+    names = [path.stem for path in paths]
     twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
     if twice:
         raise CompileError(f"two texts are called {twice}", hint="rename one: columns have the files' names")
+    for path in paths:
+        read_text(path)
+
+
+def _texts(wish: StudyRequest, plan: Plan) -> Iterator[Text]:
     length = min(WINDOW, int(str(plan.module.attrs.get("max_positions", WINDOW))))
     for path in wish.texts:
         yield Text(path.stem, windows_for(path, plan.source.tokenizer, wish.windows, length))
