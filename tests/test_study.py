@@ -16,7 +16,7 @@ from llama_module import llama
 from gammac.cli import main
 from gammac.cli import study as cli
 from gammac.diagnostics import CompileError
-from gammac.driver import Request
+from gammac.driver import Plan, Request
 from gammac.formats import parse_format
 from gammac.ir import Module
 from gammac.models_zoo.fetch import fetch
@@ -30,9 +30,9 @@ from gammac.runtime.evaluate import compare, windows_for
 from gammac.runtime.reference import InterpreterSession, TransformersSession, load_model
 from gammac.study import measure, plot, report, run
 from gammac.study.estimate import estimate_rows
-from gammac.study.make import Seconds, make, plan_of
+from gammac.study.make import Made, Seconds, make, plan_of
 from gammac.study.measure import Harness, OnText, Text
-from gammac.study.rows import RowSpec, parse_rows, read_rows
+from gammac.study.rows import RowSpec, chosen, parse_rows, read_rows
 from gammac.study.run import (
     DONE,
     FAILED,
@@ -259,24 +259,27 @@ def test_a_second_study_does_nothing_and_writes_the_same(
 
 
 def test_a_killed_study_goes_on_at_its_row(
-    gammac: Gammac, studied: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gammac: Gammac, ready: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[str] = []
     dying = [True]
 
-    def counting(plan: Any, ctx: Any) -> Any:
+    def counting(plan: Plan, ctx: Context) -> Made:
         if dying and len(made) == 2:
             raise KeyboardInterrupt
         made.append(plan.request.choices.block)
         return make(plan, ctx)
 
+    short = [Text("text", ready.harness.texts[0].tokens[:1, :64])]
+    harness = Harness(ready.harness.reference, ready.ctx, None, short, [], 1024)
+    wish = replace(ready.wish, rows=chosen(ready.wish.rows, ["rtn"]))
+    monkeypatch.setattr(run, "prepare", lambda *_: replace(ready, wish=wish, harness=harness))
     monkeypatch.setattr(run, "make", counting)
-    arguments = [*asked(place)[:-2], "--windows", "1", "--methods", "rtn", "-o", tmp_path]
-    gammac(*arguments)
+    gammac("tiny", "-o", tmp_path)
     assert made == ["w4g64", "w4channel"]
     assert [r["status"] for r in found_in(tmp_path)["rows"]] == [DONE] * 3, "what is done is on disk"
     dying.clear()
-    assert gammac(*arguments).exit_code == 0
+    assert gammac("tiny", "-o", tmp_path).exit_code == 0
     assert made == ["w4g64", "w4channel", "w2g64", "w2channel"]
 
 
@@ -402,10 +405,15 @@ def test_nothing_to_measure_on_is_refused(gammac: Gammac, tmp_path: Path) -> Non
 # ---- estimates ----------------------------------------------------------------------------------
 
 
-def test_a_dry_run_does_nothing(gammac: Gammac, place: Path, studied: Path, tmp_path: Path) -> None:
-    result = gammac(*asked(place), "-o", tmp_path / "out", "--dry-run", "--windows", "3")
+def test_a_dry_run_does_nothing(
+    gammac: Gammac, ready: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "prepare", lambda *_: ready)
+    monkeypatch.setattr(run, "_run", lambda *_: pytest.fail("done"))
+    result = gammac("tiny", "-o", tmp_path / "out", "--dry-run")
     assert result.exit_code == 0 and not (tmp_path / "out").exists()
-    assert "GPTQ 3 g64" in result.stdout and "missing" in result.stdout and "dry run" in result.stdout
+    for part in ("GPTQ 5 g64", "missing", "done", "(dry run): about"):
+        assert part in result.stdout
 
 
 def test_estimates_know_what_is_done_and_what_is_shared(ready: Prepared) -> None:
