@@ -24,7 +24,8 @@ from gammac.passes import Choices
 from gammac.passes.candidates import Candidates
 from gammac.passes.collect_grams import CollectGrams
 from gammac.passes.quantize import stored_as
-from gammac.passes.quantizers import QUANTIZERS, make_quantizer
+from gammac.passes.quantizers import QUANTIZERS
+from gammac.passes.sensitivity.scores import candidates_of
 from gammac.pipeline import Context
 from gammac.runtime.evaluate import compare, windows_for
 from gammac.runtime.reference import InterpreterSession, TransformersSession, load_model
@@ -47,6 +48,7 @@ from gammac.study.run import (
 )  # fmt: skip
 from gammac.study.storage import Storage, check, storage_of
 from gammac.targets.cost import module_cost
+from gammac.targets.target import load_target
 from gammac.texts import Calibration
 from gammac.trials import Trial
 from gammac.weights import WeightStore
@@ -157,7 +159,7 @@ def test_every_row_keeps_its_place(studied: Path) -> None:
         ("GPTQ", 3, DONE), ("Too tight", 4, FAILED), ("Elsewhere", 2, MISSING),
     ]  # fmt: skip
     assert "the smallest possible is 4.000" in row_of(studied, "Too tight", 4, "32")["said"]
-    assert row_of(studied, "Elsewhere", 2, "")["said"] == "this build has no quantizer nobody-has-this"
+    assert row_of(studied, "Elsewhere", 2, "")["said"] == "this build has no quantizer 'nobody-has-this'"
 
 
 @pytest.fixture(scope="module")
@@ -326,7 +328,6 @@ def test_options_are_those_of_the_command_line() -> None:
     [[row]]
     name = "mixed"
     bits = 2.5
-    activations = 8
     formats = "w2g64,w3g64"
     strategy = "fisher{windows=8}"
     budget = 2.5
@@ -335,7 +336,7 @@ def test_options_are_those_of_the_command_line() -> None:
     """
     (row,) = parse_rows(text)
     request = row.request(Request("tiny"))
-    assert request.budget == "2.5" and row.label == "mixed 2.5 A8"
+    assert request.budget == "2.5" and row.label == "mixed 2.5"
     assert request.choices == Choices(
         block="w2g64+w3g64", table="w4g64+w8g64", strategy="fisher{windows=8}", learn_rounding=True
     )
@@ -364,12 +365,25 @@ def test_mistakes_in_rows_are_named(text: str, said: str) -> None:
 
 def test_the_shipped_rows_can_run_or_are_known_to_be_missing() -> None:
     rows = read_rows()
-    assert {row.name for row in rows} >= {"RTN", "GPTQ", "AWQ", "QuIP", "NormalFloat"}
+    assert {row.name for row in rows} >= {"RTN", "GPTQ", "AWQ", "SmoothQuant", "QuIP", "NormalFloat"}
     for row in rows:
-        assert (row.lacking == "") == (row.options["quantizer"] in QUANTIZERS)
         if not row.lacking:
-            row.request(Request("tiny"))
+            assert row.request(Request("tiny")).choices.quantizer.partition(":")[0] in QUANTIZERS
     assert {row.bits for row in rows if row.name == "RTN"} == {2, 3, 4, 8}
+    assert {row.label: row.lacking for row in rows}["RTN 3 g64"] == ""
+
+
+def test_what_a_build_lacks_makes_a_shipped_row_missing_and_is_a_mistake_elsewhere() -> None:
+    text = '[[row]]\nname = "S"\nbits = [8, 4]\nwarp-drive = true\nactivations = "a{bits}tensor"'
+    rows = parse_rows(text, may_lack=True)
+    assert [(row.label, row.lacking) for row in rows] == [
+        ("S 8 A8", "no option 'warp-drive'"), ("S 4 A4", "no option 'warp-drive'")
+    ]  # fmt: skip
+    with pytest.raises(CompileError, match="no option 'warp-drive'"):
+        parse_rows(text)
+    with pytest.raises(CompileError, match="this build has no option 'warp-drive'"):
+        chosen(rows, ["s"])
+    assert chosen(rows, bits=[8]) == rows[:1], "not asked for by name: listed"
 
 
 @pytest.mark.parametrize(
@@ -432,13 +446,12 @@ def test_estimates_know_what_is_done_and_what_is_shared(ready: Prepared) -> None
 
 
 def test_a_formula_that_forgets_something_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = WeightStore()
-    module = llama(store)
-    name = "layers.0.q.weight"
-    weight = module.weights[name]
-    (quantized,) = make_quantizer("rtn").quantize(store.tensor(weight.digest), None, [parse_format("w3g32")])
-    digest = store.put(dict(quantized.arrays()))
-    module = module.with_weights(stored_as(weight.with_attrs(role="block"), "w3g32", digest, 0.0))
+    store, name = WeightStore(), "layers.0.q.weight"
+    module = Candidates("w3g32", "w8g64", quantizer="rtn").run(
+        llama(store), Context(load_target("cpu"), store)
+    )
+    digest = candidates_of(module.weights[name])["w3g32"]
+    module = module.with_weights(stored_as(module.weights[name], "w3g32", digest, 0.0))
     parameters = sum(w.type.numel() for w in module.weights.values())
     storage = storage_of(module, store, parameters)
     assert storage.payload_bits == 3 and storage.true_bits == 3 + 19 / 32
@@ -465,7 +478,7 @@ def by_hand(*, ppl: float | None = 1e7) -> Study:
     def row(name: str, bits: float, group: str, value: float | None) -> Row:
         storage = Storage(bits, bits + 0.3, 5.0, 10**6, 10**6)
         texts = {t: OnText(value, 0.5, 0.25) for t in ("a", "b")}
-        spec = FULL_ROW if name == "" else RowSpec(name, bits, group, "", "", {})
+        spec = FULL_ROW if name == "" else RowSpec(name, bits, group, "", {})
         return Row(spec, DONE, Figures(storage, Seconds(1.0, None, 0.0), None, texts, {}))
 
     rows = (

@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Final
 
+from gammac.driver import Plan
 from gammac.dryrun import compile_seconds, flops, guess_scores
 from gammac.ir import Module
+from gammac.passes.candidates import Candidates
+from gammac.pipeline import full_options_text
 from gammac.runtime.tasks import Task
-from gammac.study.make import plan_of
+from gammac.study.make import passes_of, plan_of
 from gammac.study.rows import RowSpec
 from gammac.study.run import FULL_ROW, Prepared
 
@@ -40,33 +44,31 @@ def estimate_rows(ready: Prepared) -> tuple[RowEstimate, ...]:
     module = guess_scores(ready.plan, ready.ctx)
     texts, tasks = _evaluation(ready, module)
     found = [RowEstimate(FULL_ROW, evaluation=texts + tasks)]
-    shared: set[tuple[bool, ...]] = set()
+    shared: set[tuple[str, ...]] = set()
     for spec in ready.wish.rows:
         if spec.lacking or ready.is_done(spec):
             found.append(RowEstimate(spec, said="missing" if spec.lacking else "done"))
             continue
-        calibration, quantization = _quantization(ready, spec, module)
-        inputs = _sees(ready, spec)
-        found.append(RowEstimate(spec, 0.0 if inputs in shared else calibration, quantization, texts + tasks))
-        shared.add(inputs)
+        plan = replace(plan_of(spec, ready.plan), capture_seconds=0.0)
+        calibration, quantization = _quantization(ready, plan, module)
+        seen = _sees(plan)
+        found.append(RowEstimate(spec, 0.0 if seen in shared else calibration, quantization, texts + tasks))
+        shared.add(seen)
     return tuple(found)
 
 
-def _sees(ready: Prepared, spec: RowSpec) -> tuple[bool, ...]:
-    """Rows that agree in this share their Gram matrices."""
-    choices = plan_of(spec, ready.plan).request.choices
-    return choices.rotate, choices.guided
+def _sees(plan: Plan) -> tuple[str, ...]:
+    """The passes before the candidates: rows that agree in them share what they collect."""
+    before = takewhile(lambda p: not isinstance(p, Candidates), passes_of(plan))
+    return tuple(full_options_text(p) for p in before)
 
 
-def _quantization(ready: Prepared, spec: RowSpec, module: Module) -> tuple[float, float]:
-    """Seconds of the calibration, and of everything else that makes the row's codes."""
-    plan = replace(plan_of(spec, ready.plan), capture_seconds=0.0)
+def _quantization(ready: Prepared, plan: Plan, module: Module) -> tuple[float, float]:
+    """Seconds of what reads the calibration text, and of everything else that makes the row's codes."""
     calibration = ready.ctx.calibration
     tokens = calibration.tokens.numel() if calibration else 0
-    every = compile_seconds(plan, module, tokens)
-    plain = replace(plan.request, choices=replace(plan.request.choices, quantizer="rtn", guided=False))
-    without = compile_seconds(replace(plan, request=plain), module, tokens)
-    return max(0.0, every - without), without
+    every, rest = (compile_seconds(plan, module, read) for read in (tokens, 0))
+    return max(0.0, every - rest), rest
 
 
 def _evaluation(ready: Prepared, module: Module) -> tuple[float, float]:

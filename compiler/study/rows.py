@@ -7,10 +7,11 @@
     quantizer = "gptq"             # from here on: options of `gammac compile` by name
     formats = "w{bits}{group}"     # the default; {group} reads g64 or channel
 
-Whatever a row leaves open is as `gammac study` was told. `activations`: their bits, where they are quantized.
+Whatever a row leaves open is as `gammac study` was told.
 """
 
 import itertools
+import re
 import tomllib
 import types
 import typing
@@ -28,7 +29,7 @@ from gammac.passes.quantizers import QUANTIZERS
 from gammac.texts import read_text
 
 SHIPPED: Final = "rows.toml"
-OWN: Final = ("name", "bits", "group", "activations")
+OWN: Final = ("name", "bits", "group")
 CHANNEL: Final = "channel"
 # options of the command line that Choices calls otherwise
 RENAMED: Final = {"formats": "block", "table_formats": "table"}
@@ -40,7 +41,7 @@ Scalar = str | int | float | bool
 
 @dataclass(frozen=True)
 class RowSpec:
-    """A method at some bits. `group` and `activations` are "" where the method has none.
+    """A method at some bits. `group` is "" where the method has none.
 
     `recipe` is the options as written, with their placeholders; `options` those of this row.
     """
@@ -48,7 +49,6 @@ class RowSpec:
     name: str
     bits: float
     group: str
-    activations: str
     recipe: str
     options: Mapping[str, Scalar]
 
@@ -60,30 +60,41 @@ class RowSpec:
         return " ".join(filter(None, (self.name, f"{self.bits:g}", active, group)))
 
     @property
+    def activations(self) -> str:
+        """Bits of activations; "" where they stay as they are."""
+        found = re.search(r"\d+", str(self.options.get("activations", "")))
+        return found[0] if found else ""
+
+    @property
     def lacking(self) -> str:
-        """The quantizer that this build does not have; "" if it has it."""
-        name = str(self.options.get("quantizer", Choices.quantizer))
-        return "" if name in QUANTIZERS else name
+        """What this build does not have of what the row needs; "" if it has everything."""
+        name = str(self.options.get("quantizer", Choices.quantizer)).partition(":")[0]
+        if name not in QUANTIZERS:
+            return f"no quantizer {name!r}"
+        unknown = next((k for k in self.options if not _is_option(k)), None)
+        return f"no option {_dashed(unknown)!r}" if unknown else ""
 
     def request(self, base: Request) -> Request:
         """What a compile of this row would be asked for. Raises CompileError for an option that isn't one."""
         given = {**UNIFORM, **self.options}
-        of_request = {k: str(given.pop(k)) for k in OF_REQUEST if k in given}
+        of_request: dict[str, Any] = {k: str(given.pop(k)) for k in OF_REQUEST if k in given}
         choices = {RENAMED.get(k, k): _as_choice(self.label, k, v) for k, v in given.items()}
         return replace(base, choices=replace(base.choices, **choices), **of_request)
 
 
 def read_rows(path: Path | None = None) -> tuple[RowSpec, ...]:
     """The rows of a file, or those that gammac ships. Raises CompileError naming what is wrong."""
-    if path is None:
-        return parse_rows((resources.files("gammac.study") / SHIPPED).read_text(encoding="utf-8"), SHIPPED)
-    return parse_rows(read_text(path), str(path))
+    if path is not None:
+        return parse_rows(read_text(path), str(path))
+    text = (resources.files("gammac.study") / SHIPPED).read_text(encoding="utf-8")
+    return parse_rows(text, SHIPPED, may_lack=True)
 
 
-def parse_rows(text: str, where: str = "<rows>") -> tuple[RowSpec, ...]:
+def parse_rows(text: str, where: str = "<rows>", *, may_lack: bool = False) -> tuple[RowSpec, ...]:
     """Read the TOML; `where` is named in errors. Raises CompileError.
 
-    Options and formats of rows whose quantizer is missing are taken as they are.
+    Options and formats of rows whose quantizer is missing are taken as they are; with `may_lack` also an
+    option that this build doesn't know makes a row missing, and is no mistake.
     """
     try:
         table = tomllib.loads(text)
@@ -102,7 +113,7 @@ def parse_rows(text: str, where: str = "<rows>") -> tuple[RowSpec, ...]:
     if twice:
         raise CompileError(f"{where}: {twice} stands there twice", hint="give one of them another name")
     for row in rows:
-        if not row.lacking:
+        if not (row.lacking and (may_lack or row.lacking.startswith("no quantizer"))):
             parse_formats(row.request(Request("")).choices.block)
     return tuple(rows)
 
@@ -131,7 +142,7 @@ def chosen(
     lacking = next((row for row in found if wanted and row.lacking), None)
     if lacking:
         raise CompileError(
-            f"{lacking.name}: this build has no quantizer {lacking.lacking!r}",
+            f"{lacking.name}: this build has {lacking.lacking}",
             hint=f"there are {', '.join(QUANTIZERS)}",
         )
     if not found:
@@ -155,10 +166,9 @@ def _expanded(entry: Mapping[str, Any], where: str) -> list[RowSpec]:
             raise CompileError(f"{place}: {bits!r} are no bits", hint="write bits = [4, 3, 2]")
         if not _is_group(group):
             raise CompileError(f"{place}: {group!r} is no group", hint='write group = [64, "channel"]')
-        filled = {"formats": "w{bits}{group}", **options}
-        formats = _filled(str(filled["formats"]), bits, str(group))
-        own = {**filled, "formats": formats}
-        rows.append(RowSpec(name, float(bits), str(group), str(entry.get("activations", "")), recipe, own))
+        own = {"formats": "w{bits}{group}", **options}
+        own = {k: _filled(v, bits, str(group)) if isinstance(v, str) else v for k, v in own.items()}
+        rows.append(RowSpec(name, float(bits), str(group), recipe, own))
     return rows
 
 
@@ -170,34 +180,41 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _filled(formats: str, bits: float, group: str) -> str:
+def _filled(text: str, bits: float, group: str) -> str:
     spelled = f"g{group}" if group.isdigit() else CHANNEL
-    return formats.replace("{bits}", f"{bits:g}").replace("{group}", spelled)
+    return text.replace("{bits}", f"{bits:g}").replace("{group}", spelled)
 
 
 def _spelled(key: str, value: Any) -> str:
     """As on the command line."""
-    option = key.replace("_", "-")
     if isinstance(value, bool):
-        return f"--{option}" if value else f"--no-{option}"
-    return f"--{option} {value}"
+        return f"--{_dashed(key)}" if value else f"--no-{_dashed(key)}"
+    return f"--{_dashed(key)} {value}"
+
+
+def _dashed(key: str) -> str:
+    return key.replace("_", "-")
+
+
+def _is_option(key: str) -> bool:
+    """Whether a row may say this: a field of Choices by its name on the command line, or of the request."""
+    named = (set(typing.get_type_hints(Choices)) - set(RENAMED.values())) | set(RENAMED)
+    return key in named or key in OF_REQUEST
 
 
 def _as_choice(label: str, key: str, value: Any) -> Any:
     """An option's value as Choices holds it."""
-    hints = typing.get_type_hints(Choices)
-    field = RENAMED.get(key, key)
-    if field not in hints or key in RENAMED.values():
-        known = [*RENAMED, *(h for h in hints if h not in RENAMED.values()), *OF_REQUEST]
-        names = ", ".join(name.replace("_", "-") for name in known)
-        raise CompileError(f"{label}: no option {key.replace('_', '-')!r}", hint=f"there are {names}")
+    if not _is_option(key):
+        raise CompileError(
+            f"{label}: no option {_dashed(key)!r}", hint="gammac compile --help lists the options"
+        )
     if key in RENAMED:
         return "+".join(str(value).split(","))
-    hint = hints[field]
+    hint = typing.get_type_hints(Choices)[key]
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if float in kinds and type(value) is int:
         return float(value)
     if type(value) not in kinds:
         wished = " or ".join(k.__name__ for k in kinds if k is not types.NoneType)
-        raise CompileError(f"{label}: {key.replace('_', '-')} = {value!r} is no {wished}")
+        raise CompileError(f"{label}: {_dashed(key)} = {value!r} is no {wished}")
     return value

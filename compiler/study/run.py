@@ -161,7 +161,7 @@ def prepare(wish: StudyRequest, cache: Path | None = None, progress: Progress = 
 
 
 # no quantizer is asked for: its options only have to be ones that every model takes
-FULL_ROW: Final = RowSpec(FULL, 32, "", "", "", {"quantizer": "rtn", "formats": "w8g64"})
+FULL_ROW: Final = RowSpec(FULL, 32, "", "", {"quantizer": "rtn", "formats": "w8g64"})
 
 
 def run_study(ready: Prepared, watch: Callable[[Study], None] = lambda _: None) -> Study:
@@ -177,7 +177,7 @@ def _run(ready: Prepared) -> Iterator[Row]:
     yield Row(FULL_ROW, DONE, _full(ready))
     for spec in ready.wish.rows:
         if spec.lacking:
-            yield Row(spec, MISSING, said=f"this build has no quantizer {spec.lacking}")
+            yield Row(spec, MISSING, said=f"this build has {spec.lacking}")
             continue
         try:
             found = ready.ctx.cache.record(ready.key(spec), partial(_measured, ready, spec))
