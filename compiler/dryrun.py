@@ -56,7 +56,7 @@ def estimate(plan: Plan) -> Estimate:
     cost = module_cost(module, plan.target, extra_bytes=extra)
     return Estimate(
         cost,
-        _seconds(plan, module, tokens),
+        compile_seconds(plan, module, tokens),
         _peak_bytes(module, tokens, plan.request.calibration_length),
         tokens,
         module,
@@ -95,7 +95,8 @@ def _guessed(weight: Weight, candidates: Candidates, ctx: Context) -> Weight:
     return weight.with_attrs(scores={f.name: grid_noise(weight, f.name) for f in formats})
 
 
-def _seconds(plan: Plan, module: Module, tokens: int) -> float:
+def compile_seconds(plan: Plan, module: Module, tokens: int) -> float:
+    """What a compile would take; `module` as `guess_scores` makes it, `tokens` of calibration."""
     weights = _choosable(module)
     block = sum(w.type.numel() for w in weights if w.attrs["role"] == "block")
     every = sum(w.type.numel() for w in weights)
@@ -118,7 +119,7 @@ def _seconds(plan: Plan, module: Module, tokens: int) -> float:
         learnt_from = distill.steps * distill.batch * plan.request.calibration_length
         gemm += 2 * every * (4 * learnt_from + 1.25 * tokens)
     sweeps = every * formats * SWEEP_NANOSECONDS * 1e-9
-    return plan.capture_seconds + gemm / _flops() + sweeps + every * 1e-8
+    return plan.capture_seconds + gemm / flops() + sweeps + every * 1e-8
 
 
 def scoring_work(strategy: Pass, weights: int, formats: int) -> tuple[int, int]:
@@ -145,7 +146,7 @@ def scoring_work(strategy: Pass, weights: int, formats: int) -> tuple[int, int]:
     return 0, 0
 
 
-def _flops() -> float:
+def flops() -> float:
     """Operations a second of a matrix product of this model's kind, measured."""
     a, b = torch.randn(2048, 576), torch.randn(576, 1536)
     best = float("inf")

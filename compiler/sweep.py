@@ -71,7 +71,7 @@ class Seconds:
     @property
     def total(self) -> float | None:
         """What a compile from an empty cache would take of these."""
-        return _sum((self.candidates, self.scoring, self.allocation))
+        return sum_of((self.candidates, self.scoring, self.allocation))
 
 
 @dataclass(frozen=True)
@@ -253,7 +253,7 @@ def _allocate(
                 module_cost(chosen, plan.target),
                 strategy,
                 "+".join(map(str, budgets)),
-                seconds=Seconds(_sum(prepared), _sum(scoring), _sum(behind)),
+                seconds=Seconds(sum_of(prepared), sum_of(scoring), sum_of(behind)),
             )
         )
     return scored, found
@@ -263,18 +263,19 @@ def _timed(passes: Sequence[Pass], module: Module, ctx: Context) -> tuple[Module
     """The module behind the passes, and what each took."""
     steps: list[Step] = []
     after = Pipeline(tuple(passes), (steps.append,)).run(module, ctx)
-    return after, [_seconds(step, ctx) for step in steps]
+    return after, [seconds_of(step, ctx) for step in steps]
 
 
-def _seconds(step: Step, ctx: Context) -> float | None:
-    """What a pass took when it ran; None if no sweep watched it then."""
+def seconds_of(step: Step, ctx: Context) -> float | None:
+    """What a pass took when it ran; None if no sweep or study watched it then."""
     own = (full_options_text(step.pass_), ctx.fingerprint(step.pass_.reads), to_text(step.before))
     taken = {"seconds": None if step.cached else round(step.seconds, 3)}
     found: float | None = ctx.cache.record(key_of("seconds", *own), lambda: taken)["seconds"]
     return found
 
 
-def _sum(seconds: Sequence[float | None]) -> float | None:
+def sum_of(seconds: Sequence[float | None]) -> float | None:
+    """The sum, None if one of them is not known."""
     known = [s for s in seconds if s is not None]
     return round(sum(known), 3) if len(known) == len(seconds) else None
 
