@@ -110,7 +110,7 @@ def run_sweep(wish: SweepRequest, cache: Path | None = None, progress: Progress 
     """Raises CompileError; for all that can be known early, before any long work."""
     granted = [parse_budgets(text) for text in wish.budgets]
     # _check refuses an encoder whatever the strategy; this one suits every model
-    plan = make_plan(_with_strategy(wish.request, WeightMse.name), cache)
+    plan = make_plan(_with_strategy(wish.request, WeightMse.name), cache, artifact=False)
     _check(wish, plan)
     ctx = context_of(plan, progress)
     text, tokens = _tokens(wish, plan, ctx)

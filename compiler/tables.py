@@ -177,11 +177,12 @@ def targets(found: Sequence[Target]) -> Table:
 def kernels(target: Target) -> Table:
     """What a target runs fast."""
     title = f"{target.name}: {target.description} ({target.emitter}, {target.arch})"
-    table = Table("kernel", "for", "bits", "group sizes", "needs", title=title)
+    table = Table("kernel", "for", "codes", "bits", "group sizes", "needs", title=title)
     for kernel in target.kernels:
         groups = " ".join(str(g) if g else "channel" for g in kernel.groups)
         needs = "a C++ compiler" if kernel.needs_compiler else ""
-        table.add_row(kernel.op, kernel.role, " ".join(map(str, kernel.bits)), groups, needs)
+        bits = " ".join(f"{b:g}" for b in kernel.bits)
+        table.add_row(kernel.op, kernel.role, kernel.kind, bits, groups, needs)
     return table
 
 

@@ -10,7 +10,7 @@ from gammac.passes.allocate import Allocate
 from gammac.passes.candidates import Candidates
 from gammac.passes.collect_grams import CollectGrams
 from gammac.passes.collect_guided_grams import CollectGuidedGrams
-from gammac.passes.finetune import Distill, LearnRounding
+from gammac.passes.finetune import LEARNABLE, Distill, LearnRounding
 from gammac.passes.fold_constants import FoldConstants
 from gammac.passes.fold_norms import FoldNorms
 from gammac.passes.incoherence import Incoherence
@@ -26,6 +26,7 @@ from gammac.passes.rotate import Rotate
 from gammac.passes.sensitivity import STRATEGIES, Gamma
 from gammac.passes.split_rows import SplitRows
 from gammac.pipeline import Pass
+from gammac.targets.target import NO_EMITTER
 
 _IN_ORDER: Final[tuple[type[Pass], ...]] = (
     FoldConstants, RaisePatterns, FoldNorms, Rotate, InsertKvCache, KeepPrecision, SplitRows, CollectGrams,
@@ -85,17 +86,25 @@ def refine_of(choices: Choices, extra_bytes: int = 0) -> tuple[Refine, ...]:
 
 
 def _check_kinds(choices: Choices) -> None:
-    """Raises CompileError for formats of the blocks that the quantizer, or what follows, does not write."""
+    """Raises CompileError for formats that the quantizer, or what follows, does not write."""
     formats, kinds = parse_formats(choices.block), make_quantizer(choices.quantizer).kinds
     foreign = [f for f in formats if f.kind not in kinds]
+    # tables in a kind that the quantizer doesn't write are rounded, which takes a grid
+    foreign += [f for f in parse_formats(choices.table) if f.kind not in (*kinds, INTEGER)]
     if foreign:
         able = [name for name, q in QUANTIZERS.items() if foreign[0].kind in q.kinds]
         raise CompileError(
             f"{choices.quantizer} does not write {', '.join(f.name for f in foreign)}",
             hint=f"--quantizer {' or '.join(able)} does",
         )
-    if choices.learn_rounding and any(f.kind != INTEGER for f in formats):
-        raise CompileError("learn_rounding learns integer codes only", hint="choose formats such as w3g64")
+    fixed = [f.name for f in formats if f.kind not in LEARNABLE]
+    if choices.learn_rounding and fixed:
+        raise CompileError(
+            f"learn_rounding does not learn {', '.join(fixed)}",
+            hint=f"it learns {' and '.join(sorted(LEARNABLE))} codes, in formats such as w3g64",
+        )
+    if choices.distill and any(f.kind != INTEGER for f in formats):
+        raise CompileError("distill moves the scales of integer codes", hint="choose formats such as w3g64")
 
 
 def incoherence_of(choices: Choices) -> tuple[Incoherence, ...]:
@@ -129,7 +138,7 @@ def default_pipeline(
     unknown strategy or emitter, or for options that the strategy lacks.
     """
     strategy = strategy_of(choices)
-    if emitter not in LEGALIZERS:
+    if emitter not in (*LEGALIZERS, NO_EMITTER):
         raise CompileError(f"no emitter {emitter!r}", hint=f"there are {', '.join(LEGALIZERS)}")
     how = (choices.quantizer, choices.clip, choices.act_order, choices.damping)
     if (choices.learn_rounding or choices.distill) and choices.inputs != "full":
@@ -167,5 +176,5 @@ def default_pipeline(
         *((Distill(),) if choices.distill else ()),
         Quantize(choices.inputs, *how),
         # the form that the emitter writes
-        LEGALIZERS[emitter](),
+        *(() if emitter == NO_EMITTER else (LEGALIZERS[emitter](),)),
     )

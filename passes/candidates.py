@@ -10,7 +10,7 @@ the artifact is made of them, so another budget quantizes nothing again. Weights
 input are stacked and share one sweep; memory holds one such stack.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -54,7 +54,7 @@ class Candidates:
         quantizer = make_quantizer(
             self.quantizer, clip=self.clip, act_order=self.act_order, damping=self.damping
         )
-        stacks = list(_stacks(module, quantizer).values())
+        stacks = list(_stacks(module, quantizer, parse_formats(self.block)).values())
         found: dict[str, dict[str, Any]] = {}
         for stack in ctx.progress(stacks, f"quantizing ({self.quantizer})"):
             formats = self.formats_for(stack[0], ctx)
@@ -94,12 +94,13 @@ class Candidates:
         return usable
 
 
-def _stacks(module: Module, quantizer: Quantizer) -> dict[str, list[Weight]]:
+def _stacks(module: Module, quantizer: Quantizer, formats: Sequence[Format]) -> dict[str, list[Weight]]:
     """Weights that read the same input, by the digest of its Gram matrix; others stand alone."""
     stacks: dict[str, list[Weight]] = {}
+    stackable = quantizer.stacks and all(f.by_rows for f in formats)
     for weight in module.weights.values():
         if "role" in weight.attrs:
-            alone = weight.attrs["role"] == "table" or "gram" not in weight.attrs or not quantizer.stacks
+            alone = weight.attrs["role"] == "table" or "gram" not in weight.attrs or not stackable
             stacks.setdefault(weight.name if alone else str(weight.attrs["gram"]), []).append(weight)
     return stacks
 
@@ -134,7 +135,7 @@ def quantize_stack(
     for format_, whole in zip(formats, results, strict=True):
         start = 0
         for weight, values in zip(stack, floats, strict=True):
-            part = whole.rows(start, start + len(values))
+            part = whole if len(stack) == 1 else whole.rows(start, start + len(values))
             start += len(values)
             found[weight.name]["candidates"][format_.name] = ctx.store.put(part.parts)
             error = output_error(values, part.dequantize(), gram)

@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from typing import Final
 
 from gammac.diagnostics import CompileError
-from gammac.formats import Format, IntegerFormat, parse_format
+from gammac.formats import DualBinaryFormat, Format, IntegerFormat, parse_format
 from gammac.ir import Function, Module, Op, TensorType, Weight, WeightRef
 from gammac.ir.types import BYTES, evaluate
 from gammac.targets.target import BLOCK, Kernel, Target
 
 CONTEXT: Final = 512  # positions in the cache while decoding, and tokens of a prefill
 FLOAT_BYTES: Final = 4  # artifacts keep what is not quantized in f32
-STRIP_ROWS, CHUNK_COLUMNS = 4, 64  # MatMulAnyBits pads to these
+ANY_BITS: Final = "MatMulAnyBits"
+STRIP_ROWS, CHUNK_COLUMNS = 4, 64  # it pads to these
 
 Formats = Mapping[str, str]
 Sizes = dict[str, int]
@@ -66,10 +67,12 @@ def stored_bytes(rows: int, columns: int, format_: Format, target: Target, role:
     """
     kernel = kernel_of(format_, columns, target, role)
     fitted = format_.fit(columns)
+    if isinstance(fitted, DualBinaryFormat) and kernel.op == ANY_BITS:
+        return 2 * _any_bits_bytes(rows, columns, fitted.plane, fitted.groups(columns), kernel.scale_bytes)
     if not isinstance(fitted, IntegerFormat):
         return _ceil(fitted.storage_bits(rows, columns), 8)
     groups = fitted.groups(columns)
-    if kernel.op == "MatMulAnyBits":
+    if kernel.op == ANY_BITS:
         return _any_bits_bytes(rows, columns, fitted, groups, kernel.scale_bytes)
     codes = rows * groups * _ceil(fitted.inputs_per_scale(columns) * fitted.bits, 8)
     zeros = 0 if fitted.symmetric else rows * _ceil(groups * fitted.bits, 8)

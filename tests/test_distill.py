@@ -174,3 +174,5 @@ def test_wrong_wishes_are_refused(allocated: Module, store: WeightStore) -> None
         DISTILL.run(allocated, dataclasses.replace(context(store), calibration=None))
     with pytest.raises(CompileError, match="full-precision inputs"):
         default_pipeline(Choices(distill=True, inputs="quantized"), "onnx", compiler=True)
+    with pytest.raises(CompileError, match="integer codes"):
+        default_pipeline(Choices("nf4g64", quantizer="nf", distill=True), "onnx", compiler=True)

@@ -1,11 +1,11 @@
-"""Every quantizer over every kind of format: being registered means being tested."""
+"""Quantizers of integer codes: being registered means being tested. Others: test_code_quantizers.py."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from gammac.diagnostics import CompileError
-from gammac.formats import IntegerFormat, parse_format
+from gammac.formats import INTEGER, IntegerFormat, parse_format
 from gammac.passes.quantizers import QUANTIZERS, Gptq, Rtn, make_quantizer, output_error
 from gammac.passes.quantizers.gptq import inverse_factor
 from gammac.passes.quantizers.grid import choose_grid, round_to_grid
@@ -22,6 +22,7 @@ NAMES = [
     "w8g32",
     "w8channel-sym",
 ]
+ON_GRIDS = [name for name, quantizer in QUANTIZERS.items() if INTEGER in quantizer.kinds]
 
 
 def problem(rows: int = 48, columns: int = 192, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -33,7 +34,7 @@ def problem(rows: int = 48, columns: int = 192, seed: int = 0) -> tuple[Tensor, 
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.parametrize("quantizer", ON_GRIDS)
 def test_codes_fit_the_format(quantizer: str, name: str) -> None:
     weight, gram = problem()
     (found,) = make_quantizer(quantizer).quantize(weight, gram, [parse_format(name)])
@@ -46,7 +47,7 @@ def test_codes_fit_the_format(quantizer: str, name: str) -> None:
 
 
 # quip's range is a multiple of the root mean square, whatever grid the weights lie on
-@pytest.mark.parametrize("quantizer", [q for q in QUANTIZERS if q != "quip"])
+@pytest.mark.parametrize("quantizer", [q for q in ON_GRIDS if q != "quip"])
 def test_what_lies_on_the_grid_comes_back_unchanged(quantizer: str) -> None:
     weight, gram = problem()
     # min-max on a grid that uses its whole range in every group is that grid again
@@ -57,7 +58,7 @@ def test_what_lies_on_the_grid_comes_back_unchanged(quantizer: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.parametrize("quantizer", ON_GRIDS)
 def test_no_quantizer_is_worse_than_rounding(quantizer: str, name: str) -> None:
     weight, gram = problem()
     format_ = parse_format(name)
@@ -69,7 +70,7 @@ def test_no_quantizer_is_worse_than_rounding(quantizer: str, name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.parametrize("quantizer", ON_GRIDS)
 def test_formats_of_one_call_don_t_disturb_each_other(quantizer: str) -> None:
     weight, gram = problem()
     formats = [parse_format(n) for n in NAMES]

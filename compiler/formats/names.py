@@ -6,15 +6,27 @@ from typing import Final
 
 from gammac.diagnostics import CompileError
 from gammac.formats.base import CHANNEL, Format
+from gammac.formats.binary_residual import BinaryResidualFormat
+from gammac.formats.dual_binary import DualBinaryFormat
 from gammac.formats.integer import IntegerFormat
+from gammac.formats.normal_float import DoubleNormalFloat, NormalFloat
+from gammac.formats.partly_binary import PartlyBinaryFormat
 
 # pattern → format; what `(?P<group>…)` matched is read as a group size
 GROUP: Final = r"(?:g(?P<group>\d+)|channel)"
 Found = re.Match[str]
 SPELLINGS: Final[Sequence[tuple[str, Callable[[Found, int], Format]]]] = (
     (rf"w([1-8]){GROUP}(-sym)?", lambda m, group: IntegerFormat(int(m[1]), group, bool(m[3]))),
+    (rf"nf([234]){GROUP}", lambda m, group: NormalFloat(int(m[1]), group)),
+    (rf"nf([234]){GROUP}-dq", lambda m, group: DoubleNormalFloat(int(m[1]), group)),
+    (rf"fdb2{GROUP}", lambda m, group: DualBinaryFormat(group)),
+    (rf"pb([1-7](?:\.\d+)?){GROUP}", lambda m, group: PartlyBinaryFormat(float(m[1]), group)),
+    (rf"bi(1\.\d+){GROUP}", lambda m, group: BinaryResidualFormat(float(m[1]), group)),
 )
-EXAMPLES: Final = "w4g64, w3g128-sym or w8channel (bits 1 to 8)"
+EXAMPLES: Final = (
+    "w4g64, w3g128-sym or w8channel (bits 1 to 8); "
+    "or nf4g64 or nf4g64-dq (bits 2 to 4), fdb2g64, pb1.7g128, bi1.1g128"
+)
 
 
 def parse_format(text: str) -> Format:

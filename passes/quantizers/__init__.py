@@ -8,7 +8,11 @@ from torch import Tensor
 from gammac.diagnostics import CompileError
 from gammac.formats import Format, Quantized
 from gammac.passes.options import options_of
+from gammac.passes.quantizers.billm import BiLlm
+from gammac.passes.quantizers.db_llm import DbLlm
 from gammac.passes.quantizers.gptq import Gptq
+from gammac.passes.quantizers.nf import Nf
+from gammac.passes.quantizers.pb_llm import PbLlm
 from gammac.passes.quantizers.quip import Quip
 from gammac.passes.quantizers.rtn import Rtn
 
@@ -29,7 +33,9 @@ class Quantizer(Protocol):
         ...
 
 
-QUANTIZERS: Final[dict[str, type[Quantizer]]] = {q.name: q for q in (Rtn, Gptq, Quip)}
+QUANTIZERS: Final[dict[str, type[Quantizer]]] = {
+    q.name: q for q in (Rtn, Gptq, Quip, Nf, DbLlm, PbLlm, BiLlm)
+}
 
 
 def make_quantizer(name: str, **options: object) -> Quantizer:
@@ -55,4 +61,16 @@ def output_error(weight: Tensor, quantized: Tensor, gram: Tensor | None) -> floa
     return float(lost / ((weight @ gram) * weight).sum().clamp(min=1e-30))
 
 
-__all__ = ["QUANTIZERS", "Gptq", "Quantizer", "Quip", "Rtn", "make_quantizer", "output_error"]
+__all__ = [
+    "QUANTIZERS",
+    "BiLlm",
+    "DbLlm",
+    "Gptq",
+    "Nf",
+    "PbLlm",
+    "Quantizer",
+    "Quip",
+    "Rtn",
+    "make_quantizer",
+    "output_error",
+]

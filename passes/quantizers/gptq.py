@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from gammac.diagnostics import CompileError
-from gammac.formats import INTEGER, Format, IntegerFormat, Quantized
-from gammac.passes.quantizers.grid import Grid, as_quantized, choose_grid, on_grids
+from gammac.formats import INTEGER, NORMAL_FLOAT, Format, IntegerFormat, NormalFloat, Quantized
+from gammac.passes.quantizers.grid import Grid, as_quantized, choose_grid, on_grid
 from gammac.passes.quantizers.kernels import sweep_block
+from gammac.passes.quantizers.nf import sweep_normal_float
 
 DAMPING_TRIES: Final = 5
 
@@ -27,7 +28,7 @@ class Gptq:
 
     name: ClassVar[str] = "gptq"
     needs_gram: ClassVar[bool] = True
-    kinds: ClassVar[tuple[str, ...]] = (INTEGER,)
+    kinds: ClassVar[tuple[str, ...]] = (INTEGER, NORMAL_FLOAT)
     stacks: ClassVar[bool] = True
     clip: str = "mse"
     act_order: bool = True
@@ -40,9 +41,13 @@ class Gptq:
         feedback = Feedback.of(gram, self.act_order, self.damping, self.block)
         weight = feedback.alive(weight)
         found = []
-        for format_ in on_grids(formats):
-            grid = choose_grid(weight, format_, self.clip, feedback.importance)
-            found.append(as_quantized(feedback.codes(weight, grid, format_), grid, format_))
+        for format_ in formats:
+            if isinstance(format_, NormalFloat):
+                found.append(sweep_normal_float(weight, format_, feedback.order, feedback.factor))
+                continue
+            integer = on_grid(format_)
+            grid = choose_grid(weight, integer, self.clip, feedback.importance)
+            found.append(as_quantized(feedback.codes(weight, grid, integer), grid, integer))
         return found
 
 

@@ -36,11 +36,15 @@ class Grid:
     zeros: Tensor
 
 
+def on_grid(format_: Format) -> IntegerFormat:
+    """The format, which is integer: a quantizer is given only what it writes."""
+    assert isinstance(format_, IntegerFormat), f"{format_.name} is no integer grid"
+    return format_
+
+
 def on_grids(formats: Sequence[Format]) -> list[IntegerFormat]:
-    """The formats, all of them integer: what a quantizer of that kind is given."""
-    found = [f for f in formats if isinstance(f, IntegerFormat)]
-    assert len(found) == len(formats), f"{formats} are not all integer"
-    return found
+    """The formats, all of them integer."""
+    return [on_grid(f) for f in formats]
 
 
 def choose_grid(

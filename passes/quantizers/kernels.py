@@ -98,3 +98,24 @@ def descend(
                         slopes[r, j] += step * gram[i, j]
             if not moved:
                 break
+
+
+@_compiled
+def sweep_levels(
+    left: Floats, codes: Floats, errors: Floats, factor: Floats, levels: Floats, groups: Integers,
+    start: int, end: int,
+) -> None:  # fmt: skip
+    """`sweep_block` for levels that are no grid: levels [rows, groups, n], of equals the first."""
+    for r in numba.prange(left.shape[0]):
+        for i in range(start, end):
+            offered = levels[r, groups[i]]
+            nearest, least = 0, np.float32(np.inf)
+            for n in range(offered.shape[0]):
+                distance = abs(left[r, i] - offered[n])
+                if distance < least:
+                    nearest, least = n, distance
+            error = (left[r, i] - offered[nearest]) / factor[i, i]
+            codes[r, i] = nearest
+            errors[r, i - start] = error
+            for j in range(i + 1, end):
+                left[r, j] -= error * factor[i, j]
