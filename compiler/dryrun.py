@@ -17,6 +17,7 @@ from gammac.driver import Plan, calibration_of, context_of, extra_bytes
 from gammac.ir import Module, Weight
 from gammac.passes import default_pipeline, refine_of, strategy_of
 from gammac.passes.allocate import Allocate
+from gammac.passes.awq import Awq
 from gammac.passes.candidates import Candidates
 from gammac.passes.collect_grams import CollectGrams
 from gammac.passes.collect_guided_grams import CollectGuidedGrams
@@ -29,7 +30,7 @@ from gammac.targets.cost import Cost, module_cost
 # of a weight in a format: 134 million weights in four formats took 63 s on two cores
 SWEEP_NANOSECONDS: Final = 120.0
 # the first of the passes that take long; what stands before them only rewrites the module
-MEASURING: Final = (CollectGrams, CollectGuidedGrams, Candidates)
+MEASURING: Final = (Awq, CollectGrams, CollectGuidedGrams, Candidates)
 
 
 @dataclass(frozen=True)

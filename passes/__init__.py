@@ -5,7 +5,9 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from gammac.diagnostics import CompileError
+from gammac.formats import parse_formats
 from gammac.passes.allocate import Allocate
+from gammac.passes.awq import Awq
 from gammac.passes.candidates import Candidates
 from gammac.passes.collect_grams import CollectGrams
 from gammac.passes.collect_guided_grams import CollectGuidedGrams
@@ -26,9 +28,9 @@ from gammac.passes.split_rows import SplitRows
 from gammac.pipeline import Pass
 
 _IN_ORDER: Final[tuple[type[Pass], ...]] = (
-    FoldConstants, RaisePatterns, FoldNorms, Rotate, InsertKvCache, KeepPrecision, SplitRows, CollectGrams,
-    CollectGuidedGrams, Candidates, *STRATEGIES.values(), Allocate, Refine, LearnRounding, Quantize,
-    LegalizeOnnx,
+    FoldConstants, RaisePatterns, FoldNorms, Rotate, Awq, InsertKvCache, KeepPrecision, SplitRows,
+    CollectGrams, CollectGuidedGrams, Candidates, *STRATEGIES.values(), Allocate, Refine, LearnRounding,
+    Quantize, LegalizeOnnx,
 )  # fmt: skip
 PASSES: Final[Mapping[str, type[Pass]]] = {p.name: p for p in _IN_ORDER}
 
@@ -58,6 +60,7 @@ class Choices:
     refine: bool | None = None
     tie: bool | None = None
     rotate: bool = False
+    awq_scales: bool | None = None  # by default with the quantizer awq
     guided: bool = False
     learn_rounding: bool = False
 
@@ -77,6 +80,14 @@ def refine_of(choices: Choices, extra_bytes: int = 0) -> tuple[Refine, ...]:
     refine = parse_strategy(text, {Refine.name: Refine}, "step behind the allocation")
     assert isinstance(refine, Refine)
     return (replace(refine, budget="", tie=choices.tie, extra_bytes=extra_bytes),)
+
+
+def awq_of(choices: Choices) -> tuple[Awq, ...]:
+    """AWQ's scales, or nothing. They are chosen for the narrowest format that a linear may get."""
+    own = choices.quantizer == Awq.name
+    wanted = own if choices.awq_scales is None else choices.awq_scales
+    narrowest = min(parse_formats(choices.block), default=None)
+    return (Awq(narrowest.name, keep_qk_range=own),) if wanted and narrowest else ()
 
 
 def default_pipeline(
@@ -110,6 +121,7 @@ def default_pipeline(
         RaisePatterns(),
         # the same function with weights that are easier to quantize
         *((FoldNorms(), Rotate()) if choices.rotate else ()),
+        *awq_of(choices),
         InsertKvCache(),
         KeepPrecision(),
         *(() if compiler else (SplitRows(),)),

@@ -27,7 +27,7 @@ OPTIONS: Final = (
         help="Group size where --formats is not given: 32, 64, 96, 128, channel.",
     ),
     click.option("--symmetric", is_flag=True, help="No zero points, where --formats is not given."),
-    click.option("--quantizer", default="gptq", show_default=True, help="gptq or rtn."),
+    click.option("--quantizer", default="gptq", show_default=True, help="gptq, rtn or awq."),
     click.option(
         "--clip",
         type=click.Choice(["mse", "none"]),
@@ -53,6 +53,11 @@ OPTIONS: Final = (
         default=False,
         show_default=True,
         help="Rotate the residual stream and the heads' values first: few weights stand out then.",
+    ),
+    click.option(
+        "--awq-scales/--no-awq-scales",
+        default=None,
+        help="Scale channels by what they carry, for the narrowest of the formats (default: with awq).",
     ),
     click.option(
         "--tie/--no-tie",
@@ -96,7 +101,7 @@ def request_of(options: Mapping[str, Any], budget: str, seed: int, **chosen: Any
     group = options["group_size"] if options["group_size"] == "channel" else f"g{options['group_size']}"
     suffix = "-sym" if options["symmetric"] else ""
     block = options["formats"] or ",".join(f"w{bits}{group}{suffix}" for bits in (2, 3, 4, 8))
-    same = ("quantizer", "clip", "act_order", "damping", "tie", "refine", "rotate", "guided")
+    same = ("quantizer", "clip", "act_order", "damping", "tie", "refine", "rotate", "guided", "awq_scales")
     choices = Choices(
         "+".join(block.split(",")),
         "+".join(options["table_formats"].split(",")),

@@ -57,8 +57,8 @@ def _search(weight: Tensor, shares: Tensor, format_: Format, clip: str) -> Grid:
     """The best grid for each row of weight [n, size]; shares [groups, size] repeats over the rows."""
     low = weight.amin(1, keepdim=True).clamp(max=0.0)
     high = weight.amax(1, keepdim=True).clamp(min=0.0)
-    down, up = _shrinks(format_) if clip == "mse" else (torch.ones(1), torch.ones(1))
-    offers = _grids_of(low * down, high * up, format_)
+    down, up = shrinks_of(format_) if clip == "mse" else (torch.ones(1), torch.ones(1))
+    offers = grids_of(low * down, high * up, format_)
     if len(down) == 1:
         return offers
     arrays = (t.contiguous().numpy() for t in (weight, shares, offers.scales, offers.zeros))
@@ -67,7 +67,7 @@ def _search(weight: Tensor, shares: Tensor, format_: Format, clip: str) -> Grid:
     return Grid(offers.scales.gather(1, chosen), offers.zeros.gather(1, chosen))
 
 
-def _shrinks(format_: Format) -> tuple[Tensor, Tensor]:
+def shrinks_of(format_: Format) -> tuple[Tensor, Tensor]:
     """Factors of the lower and the upper end, pair by pair; the first pair moves nothing."""
     shrinks = torch.tensor(SHRINKS.get(format_.bits, FINE_SHRINKS))
     if format_.symmetric:
@@ -76,7 +76,7 @@ def _shrinks(format_: Format) -> tuple[Tensor, Tensor]:
     return pairs[:, 0], pairs[:, 1]
 
 
-def _grids_of(low: Tensor, high: Tensor, format_: Format) -> Grid:
+def grids_of(low: Tensor, high: Tensor, format_: Format) -> Grid:
     """Grids that span low … high [n, offers], the scale rounded as it will be stored."""
     if format_.symmetric:
         # codes reach one step further down than up, so the larger end sets the scale
