@@ -22,15 +22,18 @@ from gammac.passes.candidates import Candidates
 from gammac.passes.collect_grams import CollectGrams
 from gammac.passes.collect_guided_grams import CollectGuidedGrams
 from gammac.passes.finetune import LearnRounding
+from gammac.passes.quantize_activations import QuantizeActivations, parse_activations
+from gammac.passes.quantizers import make_quantizer
 from gammac.passes.sensitivity import Amq, DeltaLoss, Fisher, Gamma, GreedyKl, Hawq
 from gammac.passes.sensitivity.scores import grid_noise
+from gammac.passes.smooth_quant import SmoothQuant
 from gammac.pipeline import Context, Pass, Pipeline
 from gammac.targets.cost import Cost, module_cost
 
 # of a weight in a format: 134 million weights in four formats took 63 s on two cores
 SWEEP_NANOSECONDS: Final = 120.0
-# the first of the passes that take long; what stands before them only rewrites the module
-MEASURING: Final = (Awq, CollectGrams, CollectGuidedGrams, Candidates)
+# passes that take long and change nothing that a size or a time depends on
+MEASURING: Final = (SmoothQuant, Awq, CollectGrams, CollectGuidedGrams)
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,8 @@ def guess_scores(plan: Plan, ctx: Context) -> Module:
     """The module as candidates would find it, with the noise model's scores."""
     choices = plan.request.choices
     passes = default_pipeline(choices, plan.target.emitter, compiler=plan.compiler)
-    module = Pipeline(tuple(takewhile(lambda p: not isinstance(p, MEASURING), passes))).run(plan.module, ctx)
+    before = takewhile(lambda p: not isinstance(p, Candidates), passes)
+    module = Pipeline(tuple(p for p in before if not isinstance(p, MEASURING))).run(plan.module, ctx)
     candidates = Candidates(choices.block, choices.table, compiler=plan.compiler)
     return module.with_weights(*(_guessed(w, candidates, ctx) for w in _choosable(module)))
 
@@ -86,7 +90,8 @@ def _seconds(plan: Plan, module: Module, tokens: int) -> float:
     every = sum(w.type.numel() for w in weights)
     formats = len(plan.request.choices.block.split("+"))
     gemm = 0.0
-    if plan.request.choices.quantizer == "gptq":
+    gemm += 2 * tokens * block * _scaling_runs(plan)
+    if make_quantizer(plan.request.choices.quantizer).needs_gram:
         grams = sum(int(str(w.type.shape[1])) ** 2 for w in weights)
         guided = plan.request.choices.guided  # forward, forward again, backward; a product for each linear
         # otherwise q, k, v and gate, up share a matrix
@@ -100,6 +105,13 @@ def _seconds(plan: Plan, module: Module, tokens: int) -> float:
         gemm += 2 * block * (3 * learn.steps * learn.batch * plan.request.calibration_length + 4 * tokens)
     sweeps = every * formats * SWEEP_NANOSECONDS * 1e-9
     return plan.capture_seconds + gemm / _flops() + sweeps + every * 1e-8
+
+
+def _scaling_runs(plan: Plan) -> int:
+    """Runs of the calibration text that scales and steps of activations take."""
+    passes = default_pipeline(plan.request.choices, plan.target.emitter, compiler=plan.compiler)
+    static = [p for p in passes if isinstance(p, QuantizeActivations) and parse_activations(p.format).static]
+    return len(static) + sum(isinstance(p, SmoothQuant | Awq) for p in passes)
 
 
 def scoring_work(strategy: Pass, weights: int, formats: int) -> tuple[int, int]:

@@ -19,18 +19,20 @@ from gammac.passes.keep_precision import KeepPrecision
 from gammac.passes.legalize_onnx import LegalizeOnnx
 from gammac.passes.options import parse_strategy
 from gammac.passes.quantize import Quantize
+from gammac.passes.quantize_activations import QuantizeActivations, parse_activations
 from gammac.passes.quantizers import make_quantizer
 from gammac.passes.raise_patterns import RaisePatterns
 from gammac.passes.refine import Refine
 from gammac.passes.rotate import Rotate
 from gammac.passes.sensitivity import STRATEGIES, Gamma
+from gammac.passes.smooth_quant import SmoothQuant
 from gammac.passes.split_rows import SplitRows
 from gammac.pipeline import Pass
 
 _IN_ORDER: Final[tuple[type[Pass], ...]] = (
-    FoldConstants, RaisePatterns, FoldNorms, Rotate, Awq, InsertKvCache, KeepPrecision, SplitRows,
-    CollectGrams, CollectGuidedGrams, Candidates, *STRATEGIES.values(), Allocate, Refine, LearnRounding,
-    Quantize, LegalizeOnnx,
+    FoldConstants, RaisePatterns, FoldNorms, Rotate, SmoothQuant, Awq, InsertKvCache, KeepPrecision,
+    SplitRows, CollectGrams, CollectGuidedGrams, Candidates, *STRATEGIES.values(), Allocate, Refine,
+    LearnRounding, Quantize, QuantizeActivations, LegalizeOnnx,
 )  # fmt: skip
 PASSES: Final[Mapping[str, type[Pass]]] = {p.name: p for p in _IN_ORDER}
 
@@ -39,6 +41,9 @@ REFINED: Final = frozenset({Gamma.name})
 
 # emitter → the pass that brings a module into the form that it writes
 LEGALIZERS: Final[Mapping[str, type[Pass]]] = {"onnx": LegalizeOnnx}
+
+# emitters that write fake_quantize
+RUN_ACTIVATIONS: Final = ("onnx",)
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,9 @@ class Choices:
     tie: bool | None = None
     rotate: bool = False
     awq_scales: bool | None = None  # by default with the quantizer awq
+    smooth_quant: bool = False
+    smooth_alpha: float = SmoothQuant.alpha
+    activations: str = ""
     guided: bool = False
     learn_rounding: bool = False
 
@@ -88,6 +96,18 @@ def awq_of(choices: Choices) -> tuple[Awq, ...]:
     wanted = own if choices.awq_scales is None else choices.awq_scales
     narrowest = min(parse_formats(choices.block), default=None)
     return (Awq(narrowest.name, keep_qk_range=own),) if wanted and narrowest else ()
+
+
+def _activations_of(choices: Choices, emitter: str) -> tuple[QuantizeActivations, ...]:
+    if not choices.activations:
+        return ()
+    format_ = parse_activations(choices.activations)
+    if emitter not in RUN_ACTIVATIONS:
+        raise CompileError(
+            f"the emitter {emitter} runs no activations of {format_.bits} bits",
+            hint=f"{' and '.join(RUN_ACTIVATIONS)} does; or leave out --activations",
+        )
+    return (QuantizeActivations(choices.activations),)
 
 
 def default_pipeline(
@@ -121,6 +141,7 @@ def default_pipeline(
         RaisePatterns(),
         # the same function with weights that are easier to quantize
         *((FoldNorms(), Rotate()) if choices.rotate else ()),
+        *((SmoothQuant(choices.smooth_alpha),) if choices.smooth_quant else ()),
         *awq_of(choices),
         InsertKvCache(),
         KeepPrecision(),
@@ -134,6 +155,7 @@ def default_pipeline(
         *refine_of(choices, extra_bytes),
         *((LearnRounding(),) if choices.learn_rounding else ()),
         Quantize(choices.inputs, *how),
+        *_activations_of(choices, emitter),
         # the form that the emitter writes
         LEGALIZERS[emitter](),
     )

@@ -4,65 +4,32 @@ import dataclasses
 
 import pytest
 import torch
-from families import captured
-from llama_module import VOCAB, llama
+from llama_module import llama
+from scaling_models import context, inputs_at, logits_of, raised, with_outliers
 from torch import Tensor
 
-from gammac.calibration import inputs_of
 from gammac.diagnostics import CompileError
 from gammac.formats import Format, parse_format
-from gammac.ir import Builder, Module, Op, Operand, WeightRef, rewrite, to_text
-from gammac.ir.interpret import Env, bind, run, run_op
+from gammac.ir import Builder, Module, Op, Operand, rewrite, to_text
 from gammac.passes import Choices, default_pipeline
 from gammac.passes.awq import Awq, rounding_loss, scales_for
 from gammac.passes.candidates import Candidates
 from gammac.passes.collect_grams import CollectGrams
-from gammac.passes.fold_constants import FoldConstants
 from gammac.passes.insert_kv_cache import InsertKvCache
 from gammac.passes.quantizers import make_quantizer, output_error
 from gammac.passes.quantizers.awq import search_clip
 from gammac.passes.quantizers.grid import round_to_grid
-from gammac.passes.raise_patterns import RaisePatterns
 from gammac.passes.scale_sites import find_sites, fold_scales, query_key_weights
 from gammac.passes.sensitivity.scores import candidate
 from gammac.pipeline import Context, Pass, Pipeline
-from gammac.targets.target import load_target
-from gammac.texts import Calibration
 from gammac.weights import WeightStore
 
-TOKENS = torch.randint(0, 50, (5, 24), generator=torch.Generator().manual_seed(1))
 AWQ = Awq("w3g32")
-
-
-def context(store: WeightStore, tokens: Tensor = TOKENS) -> Context:
-    return Context(load_target("cpu-x86"), store, (), Calibration(tokens))
-
-
-def logits_of(module: Module, store: WeightStore) -> Tensor:
-    function = module.functions["forward"]
-    with torch.no_grad():
-        found = run(
-            function, inputs_of(function, TOKENS[:2]), lambda n: store.tensor(module.weights[n].digest)
-        )
-    return found[function.return_names[0]]
-
-
-def with_outliers(module: Module, store: WeightStore) -> Module:
-    """A few input channels of every norm stand out, as in trained models."""
-    changed = []
-    for name, weight in module.weights.items():
-        if "norm" in name:
-            data = store.tensor(weight.digest).clone()
-            data[[3, 17]] *= 20
-            changed.append(dataclasses.replace(weight, digest=store.put({"data": data})))
-    return module.with_weights(*changed)
 
 
 @pytest.fixture(scope="module")
 def ctx() -> Context:
-    return context(
-        WeightStore(), torch.randint(0, VOCAB, (5, 24), generator=torch.Generator().manual_seed(1))
-    )
+    return context(WeightStore())
 
 
 @pytest.fixture(scope="module")
@@ -83,12 +50,6 @@ SITES = {
     "opt": ["q-k-v", "out", "fc1", "fc2"],
     "opt-after": ["out", "fc2"],  # norms whose results are added to the residual stream too
 }  # fmt: skip
-
-
-def raised(family: str) -> tuple[Module, Context]:
-    found = captured(family)
-    ctx = context(found.store)
-    return Pipeline((FoldConstants(), RaisePatterns())).run(found.source, ctx), ctx
 
 
 @pytest.mark.parametrize("family", SITES)
@@ -151,23 +112,6 @@ def test_a_module_with_a_cache_is_refused(module: Module, ctx: Context) -> None:
 
 
 # ---- scales -------------------------------------------------------------------------------------
-
-
-def inputs_at(module: Module, ctx: Context, loc: str) -> Tensor:
-    """What the linear at `loc` reads, [tokens, channels], run without streaming."""
-    function = module.functions["forward"]
-    assert ctx.calibration is not None
-    found, sizes = bind(function, inputs_of(function, ctx.calibration.tokens))
-    env: Env = dict(found)
-    for op in function.ops:
-        operands = [
-            ctx.store.tensor(module.weights[o.name].digest) if isinstance(o, WeightRef) else env[o]
-            for o in op.operands
-        ]
-        if op.name == "linear" and op.loc == loc:
-            return operands[0].flatten(0, -2)
-        env.update(zip(op.results, run_op(op, operands, sizes), strict=True))
-    raise AssertionError(loc)
 
 
 @pytest.mark.parametrize("names", [("q", "k", "v"), ("gate", "up"), ("down",)])

@@ -1,7 +1,7 @@
 """`gammac compile`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -11,6 +11,11 @@ from gammac.cli.options import request_of, shared_options
 if TYPE_CHECKING:
     from gammac.driver import Compiled, Plan
     from gammac.pipeline import Step
+
+
+# fields of Choices that sweep does not let choose
+CHOSEN: Final = ("strategy", "inputs", "learn_rounding", "smooth_quant", "smooth_alpha", "activations")
+BUDGET: Final = "3"
 
 
 class StrategyOption(click.Option):
@@ -30,9 +35,7 @@ class StrategyOption(click.Option):
     "--budget",
     "budgets",
     multiple=True,
-    default=("3",),
-    show_default=True,
-    help="3 (payload bits), 3bpw (true bits), 80MB, 12ms/token; several hold together.",
+    help="3 (payload bits; the default), 3bpw (true bits), 80MB, 12ms/token; several hold together.",
 )
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The artifact's folder.")
 @click.option("--strategy", cls=StrategyOption, default="gamma", show_default=True)
@@ -49,6 +52,19 @@ class StrategyOption(click.Option):
     show_default=True,
     help="Learn codes and scales block by block behind the allocation: minutes, and worth them at few bits.",
 )
+@click.option(
+    "--smooth-quant/--no-smooth-quant",
+    default=False,
+    show_default=True,
+    help="Hand the outliers of activations over to the weights, for --activations.",
+)
+@click.option("--smooth-alpha", default=0.85, show_default=True, help="How much of them: 0 to 1.")
+@click.option(
+    "--activations",
+    default="",
+    help="Round what linears read: a8 (a step a token) or a8tensor (one step), 2 to 8 bits. Weights get as "
+    "many, one scale a row, unless --formats or --budget says otherwise.",
+)
 @shared_options
 @click.option("--seed", default=0, show_default=True)
 @click.option(
@@ -64,8 +80,9 @@ def compile_command(**options: Any) -> None:
     from gammac.runtime.staging import check_writable
 
     check_writable(options["out"], not options["keep_existing"])
-    chosen = {name: options[name] for name in ("strategy", "inputs", "learn_rounding")}
-    request = request_of(options, "+".join(options["budgets"]), options["seed"], **chosen)
+    chosen = {name: options[name] for name in CHOSEN}
+    budget = "+".join(options["budgets"]) or _default_budget(options)
+    request = request_of(options, budget, options["seed"], **chosen)
     with ERR.status("capturing the model"):
         plan = make_plan(request, options["cache"])
     if options["dry_run"]:
@@ -84,6 +101,15 @@ def compile_command(**options: Any) -> None:
     if options["timings"]:
         OUT.print(tables.timings(compiled.steps))
     _print_compiled(plan, compiled)
+
+
+def _default_budget(options: dict[str, Any]) -> str:
+    """As many bits as activations have, where formats follow from them."""
+    from gammac.passes.quantize_activations import parse_activations
+
+    if options["formats"] or not options["activations"]:
+        return BUDGET
+    return str(parse_activations(options["activations"]).bits)
 
 
 def _dumper(folder: Path) -> Any:

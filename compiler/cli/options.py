@@ -97,10 +97,13 @@ def request_of(options: Mapping[str, Any], budget: str, seed: int, **chosen: Any
     """What a user asks for; `chosen` are fields of Choices that only one command lets choose."""
     from gammac.driver import Request
     from gammac.passes import Choices
+    from gammac.passes.quantize_activations import parse_activations
 
     group = options["group_size"] if options["group_size"] == "channel" else f"g{options['group_size']}"
     suffix = "-sym" if options["symmetric"] else ""
-    block = options["formats"] or ",".join(f"w{bits}{group}{suffix}" for bits in (2, 3, 4, 8))
+    every = ",".join(f"w{bits}{group}{suffix}" for bits in (2, 3, 4, 8))
+    activations = chosen.get("activations")
+    block = options["formats"] or (parse_activations(activations).weights if activations else every)
     same = ("quantizer", "clip", "act_order", "damping", "tie", "refine", "rotate", "guided", "awq_scales")
     choices = Choices(
         "+".join(block.split(",")),
