@@ -45,6 +45,11 @@ class SmoothQuant:
         if not 0 <= self.alpha <= 1:
             raise CompileError(f"smooth_quant: alpha={self.alpha}", hint="alpha lies between 0 and 1")
         sites = {s.value: s for s in find_sites(module, self.name) if s.source.name in NORMS}
+        if not sites:
+            raise CompileError(
+                "no norm is read by linears of blocks alone: nothing can be smoothed",
+                hint="compile without --smooth-quant",
+            )
         again = [n for s in sites.values() for n in s.weights() if "smoothed" in module.weights[n].attrs]
         if again:
             raise CompileError("is smoothed already", loc=again[0], hint="run smooth_quant once")

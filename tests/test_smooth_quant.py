@@ -228,3 +228,10 @@ def test_where_the_pipeline_smooths_and_rounds() -> None:
     assert names.index("smooth_quant") < names.index("insert_kv_cache")
     assert names.index("quantize") < names.index("quantize_activations") < names.index("legalize_onnx")
     assert SmoothQuant(0.7) in passes and QuantizeActivations("a8") in passes
+
+
+def test_a_model_without_such_norms_is_refused() -> None:
+    module, ctx = raised("bert")
+    with pytest.raises(CompileError, match="nothing can be smoothed") as caught:
+        SmoothQuant().run(module, ctx)
+    assert "--smooth-quant" in str(caught.value)
