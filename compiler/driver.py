@@ -313,6 +313,9 @@ def notes_on(plan: Plan, module: Module) -> Iterator[str]:
     changed = list(fallbacks(plan, module))
     if changed:
         yield f"{len(changed)} weights got another group size: {changed[0][0]}: {changed[0][1]}"
+    rounded = {op.attrs["bits"] for op in emitted_function(module).ops if op.name == "fake_quantize"}
+    if rounded:
+        yield f"linears of blocks read activations of {', '.join(sorted(map(str, rounded)))} bits"
     if not plan.compiler:
         yield "no C++ compiler: rows are split between 2, 4 and 8 bits; with one, every width has a kernel"
 

@@ -17,21 +17,24 @@ from gammac.driver import Plan, calibration_of, context_of, extra_bytes
 from gammac.ir import Module, Weight
 from gammac.passes import default_pipeline, incoherence_of, refine_of, strategy_of
 from gammac.passes.allocate import Allocate
+from gammac.passes.awq import Awq
 from gammac.passes.candidates import Candidates
 from gammac.passes.collect_grams import CollectGrams
 from gammac.passes.collect_guided_grams import CollectGuidedGrams
 from gammac.passes.finetune import Distill, LearnRounding
 from gammac.passes.incoherence import Incoherence
+from gammac.passes.quantize_activations import QuantizeActivations, parse_activations
 from gammac.passes.quantizers import make_quantizer
 from gammac.passes.sensitivity import Amq, DeltaLoss, Fisher, Gamma, GreedyKl, Hawq
 from gammac.passes.sensitivity.scores import grid_noise
+from gammac.passes.smooth_quant import SmoothQuant
 from gammac.pipeline import Context, Pass, Pipeline
 from gammac.targets.cost import Cost, module_cost
 
 # of a weight in a format: 134 million weights in four formats took 63 s on two cores
 SWEEP_NANOSECONDS: Final = 120.0
-# what stands before the candidates only rewrites the module, but for these
-MEASURING: Final = (CollectGrams, CollectGuidedGrams)
+# passes that take long and change nothing that a size or a time depends on
+MEASURING: Final = (SmoothQuant, Awq, CollectGrams, CollectGuidedGrams)
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def guess_scores(plan: Plan, ctx: Context) -> Module:
     choices = plan.request.choices
     passes = default_pipeline(choices, plan.target.emitter, compiler=plan.compiler)
     before = tuple(takewhile(lambda p: not isinstance(p, Candidates), passes))
-    collected = any(isinstance(p, MEASURING) for p in before)
+    collected = any(isinstance(p, CollectGrams | CollectGuidedGrams) for p in before)
     module = Pipeline(tuple(p for p in before if not isinstance(p, (*MEASURING, Incoherence)))).run(
         plan.module, ctx
     )
@@ -102,6 +105,7 @@ def compile_seconds(plan: Plan, module: Module, tokens: int) -> float:
     every = sum(w.type.numel() for w in weights)
     formats = len(plan.request.choices.block.split("+"))
     gemm = 0.0
+    gemm += 2 * tokens * block * _scaling_runs(plan)
     if make_quantizer(plan.request.choices.quantizer).needs_gram:
         grams = sum(int(str(w.type.shape[1])) ** 2 for w in weights)
         guided = plan.request.choices.guided  # forward, forward again, backward; a product for each linear
@@ -120,6 +124,13 @@ def compile_seconds(plan: Plan, module: Module, tokens: int) -> float:
         gemm += 2 * every * (4 * learnt_from + 1.25 * tokens)
     sweeps = every * formats * SWEEP_NANOSECONDS * 1e-9
     return plan.capture_seconds + gemm / flops() + sweeps + every * 1e-8
+
+
+def _scaling_runs(plan: Plan) -> int:
+    """Runs of the calibration text that scales and steps of activations take."""
+    passes = default_pipeline(plan.request.choices, plan.target.emitter, compiler=plan.compiler)
+    static = [p for p in passes if isinstance(p, QuantizeActivations) and parse_activations(p.format).static]
+    return len(static) + sum(isinstance(p, SmoothQuant | Awq) for p in passes)
 
 
 def scoring_work(strategy: Pass, weights: int, formats: int) -> tuple[int, int]:

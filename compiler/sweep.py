@@ -22,6 +22,7 @@ from gammac.dryrun import guess_scores
 from gammac.ir import Module, to_text
 from gammac.passes import default_pipeline
 from gammac.passes.allocate import Allocate
+from gammac.passes.awq import Awq
 from gammac.passes.candidates import Candidates
 from gammac.passes.collect_grams import CollectGrams
 from gammac.passes.collect_guided_grams import CollectGuidedGrams
@@ -39,7 +40,7 @@ from gammac.weights import digest_of
 
 FULL: Final = "full precision"
 CALIBRATION: Final = "the calibration text"
-PREPARING: Final = (CollectGrams, CollectGuidedGrams, Candidates)
+PREPARING: Final = (Awq, CollectGrams, CollectGuidedGrams, Candidates)
 # assignments tried together: what a killed sweep loses at most
 GROUP: Final = 8
 

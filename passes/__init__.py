@@ -7,6 +7,7 @@ from typing import Final
 from gammac.diagnostics import CompileError
 from gammac.formats import INTEGER, parse_formats
 from gammac.passes.allocate import Allocate
+from gammac.passes.awq import Awq
 from gammac.passes.candidates import Candidates
 from gammac.passes.collect_grams import CollectGrams
 from gammac.passes.collect_guided_grams import CollectGuidedGrams
@@ -19,19 +20,21 @@ from gammac.passes.keep_precision import KeepPrecision
 from gammac.passes.legalize_onnx import LegalizeOnnx
 from gammac.passes.options import options_of, parse_strategy
 from gammac.passes.quantize import Quantize
+from gammac.passes.quantize_activations import QuantizeActivations, parse_activations
 from gammac.passes.quantizers import QUANTIZERS, Quip, make_quantizer
 from gammac.passes.raise_patterns import RaisePatterns
 from gammac.passes.refine import Refine
 from gammac.passes.rotate import Rotate
 from gammac.passes.sensitivity import STRATEGIES, Gamma
+from gammac.passes.smooth_quant import SmoothQuant
 from gammac.passes.split_rows import SplitRows
 from gammac.pipeline import Pass
 from gammac.targets.target import NO_EMITTER
 
 _IN_ORDER: Final[tuple[type[Pass], ...]] = (
-    FoldConstants, RaisePatterns, FoldNorms, Rotate, InsertKvCache, KeepPrecision, SplitRows, CollectGrams,
-    CollectGuidedGrams, Incoherence, Candidates, *STRATEGIES.values(), Allocate, Refine, LearnRounding,
-    Distill, Quantize, LegalizeOnnx,
+    FoldConstants, RaisePatterns, FoldNorms, Rotate, SmoothQuant, Awq, InsertKvCache, KeepPrecision,
+    SplitRows, CollectGrams, CollectGuidedGrams, Incoherence, Candidates, *STRATEGIES.values(), Allocate,
+    Refine, LearnRounding, Distill, Quantize, QuantizeActivations, LegalizeOnnx,
 )  # fmt: skip
 PASSES: Final[Mapping[str, type[Pass]]] = {p.name: p for p in _IN_ORDER}
 
@@ -40,6 +43,9 @@ REFINED: Final = frozenset({Gamma.name})
 
 # emitter → the pass that brings a module into the form that it writes
 LEGALIZERS: Final[Mapping[str, type[Pass]]] = {"onnx": LegalizeOnnx}
+
+# emitters that write fake_quantize
+RUN_ACTIVATIONS: Final = ("onnx",)
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,10 @@ class Choices:
     refine: bool | None = None
     tie: bool | None = None
     rotate: bool = False
+    awq_scales: bool | None = None  # by default with the quantizer awq
+    smooth_quant: bool = False
+    smooth_alpha: float = SmoothQuant.alpha
+    activations: str = ""
     guided: bool = False
     incoherence: str | None = None
     learn_rounding: bool = False
@@ -128,6 +138,33 @@ def incoherence_of(choices: Choices) -> tuple[Incoherence, ...]:
     return (found,)
 
 
+def awq_of(choices: Choices) -> tuple[Awq, ...]:
+    """AWQ's scales for the narrowest grid that a linear may get, or nothing.
+
+    Raises CompileError where no format is a grid.
+    """
+    own = choices.quantizer.partition(":")[0] == Awq.name
+    wanted = own if choices.awq_scales is None else choices.awq_scales
+    if not wanted:
+        return ()
+    grids = [f for f in parse_formats(choices.block) if f.kind == INTEGER]
+    if not grids:
+        raise CompileError("awq scales for integer codes", hint="leave out --awq-scales, or choose w3g64")
+    return (Awq(min(grids).name, keep_qk_range=own),)
+
+
+def _activations_of(choices: Choices, emitter: str) -> tuple[QuantizeActivations, ...]:
+    if not choices.activations:
+        return ()
+    format_ = parse_activations(choices.activations)
+    if emitter not in RUN_ACTIVATIONS:
+        raise CompileError(
+            f"the emitter {emitter} runs no activations of {format_.bits} bits",
+            hint=f"{' and '.join(RUN_ACTIVATIONS)} does; or leave out --activations",
+        )
+    return (QuantizeActivations(choices.activations),)
+
+
 def default_pipeline(
     choices: Choices, emitter: str, *, compiler: bool, extra_bytes: int = 0
 ) -> tuple[Pass, ...]:
@@ -161,6 +198,8 @@ def default_pipeline(
         RaisePatterns(),
         # the same function with weights that are easier to quantize
         *((FoldNorms(), Rotate()) if choices.rotate else ()),
+        *((SmoothQuant(choices.smooth_alpha),) if choices.smooth_quant else ()),
+        *awq_of(choices),
         InsertKvCache(),
         KeepPrecision(),
         *(() if compiler else (SplitRows(),)),
@@ -175,6 +214,7 @@ def default_pipeline(
         *((LearnRounding(),) if choices.learn_rounding else ()),
         *((Distill(),) if choices.distill else ()),
         Quantize(choices.inputs, *how),
+        *_activations_of(choices, emitter),
         # the form that the emitter writes
         *(() if emitter == NO_EMITTER else (LEGALIZERS[emitter](),)),
     )

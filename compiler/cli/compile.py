@@ -1,7 +1,7 @@
 """`gammac compile`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -11,6 +11,13 @@ from gammac.cli.options import request_of, shared_options
 if TYPE_CHECKING:
     from gammac.driver import Compiled, Plan
     from gammac.pipeline import Step
+
+
+# fields of Choices that sweep does not let choose
+CHOSEN: Final = (
+    "strategy", "inputs", "learn_rounding", "distill", "smooth_quant", "smooth_alpha", "activations",
+)  # fmt: skip
+BUDGET: Final = "3"
 
 
 class StrategyOption(click.Option):
@@ -30,9 +37,7 @@ class StrategyOption(click.Option):
     "--budget",
     "budgets",
     multiple=True,
-    default=("3",),
-    show_default=True,
-    help="3 (payload bits), 3bpw (true bits), 80MB, 12ms/token; several hold together.",
+    help="3 (payload bits; the default), 3bpw (true bits), 80MB, 12ms/token; several hold together.",
 )
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The artifact's folder.")
 @click.option(
@@ -61,6 +66,19 @@ class StrategyOption(click.Option):
     show_default=True,
     help="Then learn scales and norms end to end from full precision's predictions.",
 )
+@click.option(
+    "--smooth-quant/--no-smooth-quant",
+    default=False,
+    show_default=True,
+    help="Hand the outliers of activations over to the weights, for --activations.",
+)
+@click.option("--smooth-alpha", default=0.85, show_default=True, help="How much of them: 0 to 1.")
+@click.option(
+    "--activations",
+    default="",
+    help="Round what linears read: a8 (a step a token) or a8tensor (one step), 2 to 8 bits. Weights get as "
+    "many, one scale a row, unless --formats or --budget says otherwise.",
+)
 @shared_options
 @click.option("--seed", default=0, show_default=True)
 @click.option(
@@ -77,8 +95,9 @@ def compile_command(**options: Any) -> None:
 
     check_writable(options["out"], not options["keep_existing"])
     _follow_recipe(options)
-    chosen = {name: options[name] for name in ("strategy", "inputs", "learn_rounding", "distill")}
-    request = request_of(options, "+".join(options["budgets"]), options["seed"], **chosen)
+    chosen = {name: options[name] for name in CHOSEN}
+    budget = "+".join(options["budgets"]) or _default_budget(options)
+    request = request_of(options, budget, options["seed"], **chosen)
     with ERR.status("capturing the model"):
         plan = make_plan(request, options["cache"])
     if options["dry_run"] or options["recipe"]:
@@ -110,6 +129,15 @@ def _follow_recipe(options: dict[str, Any]) -> None:
     for name, value in RECIPES[options["recipe"]].items() if options["recipe"] else ():
         if context.get_parameter_source(name) == click.core.ParameterSource.DEFAULT:
             options[name] = value
+
+
+def _default_budget(options: dict[str, Any]) -> str:
+    """As many bits as activations have, where formats follow from them."""
+    from gammac.passes.quantize_activations import parse_activations
+
+    if options["formats"] or not options["activations"]:
+        return BUDGET
+    return str(parse_activations(options["activations"]).bits)
 
 
 def _dumper(folder: Path) -> Any:

@@ -8,6 +8,7 @@ from torch import Tensor
 from gammac.diagnostics import CompileError
 from gammac.formats import Format, Quantized
 from gammac.passes.options import options_of
+from gammac.passes.quantizers.awq import Awq
 from gammac.passes.quantizers.billm import BiLlm
 from gammac.passes.quantizers.db_llm import DbLlm
 from gammac.passes.quantizers.gptq import Gptq
@@ -34,7 +35,7 @@ class Quantizer(Protocol):
 
 
 QUANTIZERS: Final[dict[str, type[Quantizer]]] = {
-    q.name: q for q in (Rtn, Gptq, Quip, Nf, DbLlm, PbLlm, BiLlm)
+    q.name: q for q in (Rtn, Gptq, Awq, Quip, Nf, DbLlm, PbLlm, BiLlm)
 }
 
 
@@ -63,6 +64,7 @@ def output_error(weight: Tensor, quantized: Tensor, gram: Tensor | None) -> floa
 
 __all__ = [
     "QUANTIZERS",
+    "Awq",
     "BiLlm",
     "DbLlm",
     "Gptq",

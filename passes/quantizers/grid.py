@@ -91,8 +91,8 @@ def _search(weight: Tensor, shares: Tensor, format_: IntegerFormat, clip: str) -
     """The best grid for each row of weight [n, size]; shares [groups, size] repeats over the rows."""
     low = weight.amin(1, keepdim=True).clamp(max=0.0)
     high = weight.amax(1, keepdim=True).clamp(min=0.0)
-    down, up = _shrinks(format_) if clip == "mse" else (torch.ones(1), torch.ones(1))
-    offers = _grids_of(low * down, high * up, format_)
+    down, up = shrinks_of(format_) if clip == "mse" else (torch.ones(1), torch.ones(1))
+    offers = grids_of(low * down, high * up, format_)
     return offers if len(down) == 1 else _best(weight, shares, offers, format_)
 
 
@@ -104,7 +104,7 @@ def _best(weight: Tensor, shares: Tensor, offers: Grid, format_: IntegerFormat) 
     return Grid(offers.scales.gather(1, chosen), offers.zeros.gather(1, chosen))
 
 
-def _shrinks(format_: IntegerFormat) -> tuple[Tensor, Tensor]:
+def shrinks_of(format_: IntegerFormat) -> tuple[Tensor, Tensor]:
     """Factors of the lower and the upper end, pair by pair; the first pair moves nothing."""
     shrinks = torch.tensor(SHRINKS.get(format_.bits, FINE_SHRINKS))
     if format_.symmetric:
@@ -113,7 +113,7 @@ def _shrinks(format_: IntegerFormat) -> tuple[Tensor, Tensor]:
     return pairs[:, 0], pairs[:, 1]
 
 
-def _grids_of(low: Tensor, high: Tensor, format_: IntegerFormat) -> Grid:
+def grids_of(low: Tensor, high: Tensor, format_: IntegerFormat) -> Grid:
     """Grids that span low … high [n, offers], the scale rounded as it will be stored."""
     if format_.symmetric:
         # codes reach one step further down than up, so the larger end sets the scale
