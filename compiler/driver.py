@@ -21,6 +21,7 @@ from gammac.models_zoo.fetch import default_cache, fetch
 from gammac.models_zoo.registry import MODELS
 from gammac.models_zoo.texts import default_calibration_text
 from gammac.passes import Choices, default_pipeline, refine_of, strategy_of
+from gammac.passes.finetune import Distill
 from gammac.passes.refine import Refine
 from gammac.passes.sensitivity import NEED_NEXT_TOKEN
 from gammac.pipeline import Context, Observer, Pipeline, Step
@@ -49,6 +50,7 @@ LIBRARY_BYTES: Final = 350_000
 SIZE_TRIES: Final = 3
 LIBRARY_SUFFIXES: Final = (".so", ".dylib", ".dll")
 MODULE: Final = "module.gir"
+NO_ROLE: Final = "neither a block's linear, nor the token embedding, nor the head"
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ def make_plan(request: Request, cache: Path | None = None, *, artifact: bool = T
     module = capture(source, store)
     wanted = (strategy_of(request.choices), *refine_of(request.choices))
     needy = [p.name for p in wanted if p.name in NEED_NEXT_TOKEN or isinstance(p, Refine)]
+    needy += [Distill.name] if request.choices.distill else []
     if module.attrs.get("kind") == "encoder" and needy:
         raise CompileError(
             f"{source.name} is an encoder: {needy[0]} needs a next token", hint="use --strategy weight_mse"
@@ -287,7 +290,7 @@ def not_quantized(module: Module) -> Iterator[tuple[str, str]]:
     """Weights of two dimensions that stay floats, and why."""
     for name, weight in module.weights.items():
         if weight.type.rank == 2 and "stored" not in weight.attrs:
-            yield name, "neither a block's linear, nor the token embedding, nor the head"
+            yield name, "a factor of incoherence" if "serves" in weight.attrs else NO_ROLE
 
 
 def fallbacks(plan: Plan, module: Module) -> Iterator[tuple[str, str]]:
@@ -310,6 +313,9 @@ def notes_on(plan: Plan, module: Module) -> Iterator[str]:
     changed = list(fallbacks(plan, module))
     if changed:
         yield f"{len(changed)} weights got another group size: {changed[0][0]}: {changed[0][1]}"
+    rounded = {op.attrs["bits"] for op in emitted_function(module).ops if op.name == "fake_quantize"}
+    if rounded:
+        yield f"linears of blocks read activations of {', '.join(sorted(map(str, rounded)))} bits"
     if not plan.compiler:
         yield "no C++ compiler: rows are split between 2, 4 and 8 bits; with one, every width has a kernel"
 

@@ -68,7 +68,6 @@ def closing_lines(compiled: Compiled) -> Iterator[str]:
 def estimate(plan: Plan, found: Estimate) -> Table:
     """What a dry run tells."""
     cost = found.cost
-    seconds = found.seconds
     rows = {
         "size": f"{cost.bytes / 1e6:.1f} MB",
         "payload bits": f"{cost.payload_bits:.3f}",
@@ -76,11 +75,16 @@ def estimate(plan: Plan, found: Estimate) -> Table:
         "whole-model bits": f"{cost.whole_model_bits:.3f}",
         "predicted decode": f"{cost.decode_seconds * 1e3:.2f} ms/token",
         "memory at run time": f"{cost.peak_bytes / 1e6:.0f} MB",
-        "compile time": f"about {seconds:.0f} s" if seconds < 90 else f"about {seconds / 60:.0f} min",
+        "compile time": expected_time(found),
         "compile memory": f"about {found.peak_bytes / 1e9:.1f} GB",
         "calibration": f"{found.calibration_tokens} tokens",
     }
     return figures(f"{plan.source.name} → {plan.target.name} (dry run)", rows)
+
+
+def expected_time(found: Estimate) -> str:
+    """Of a compile."""
+    return f"about {found.seconds:.0f} s" if found.seconds < 90 else f"about {found.seconds / 60:.0f} min"
 
 
 def figures(title: str, found: Mapping[str, Any]) -> Table:

@@ -46,7 +46,8 @@ def test_codes_fit_the_format(quantizer: str, name: str) -> None:
     assert found.zeros is None or int(found.zeros.max()) <= format_.levels
 
 
-@pytest.mark.parametrize("quantizer", ON_GRIDS)
+# quip's range is a multiple of the root mean square, whatever grid the weights lie on
+@pytest.mark.parametrize("quantizer", [q for q in ON_GRIDS if q != "quip"])
 def test_what_lies_on_the_grid_comes_back_unchanged(quantizer: str) -> None:
     weight, gram = problem()
     # min-max on a grid that uses its whole range in every group is that grid again
