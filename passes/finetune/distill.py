@@ -4,9 +4,9 @@
 ->
     weight @up : f32[512,192] = sha256:… {role = "block", format = "w2g64", candidates = {w2g64 = "…bb"}}
 
-Codes stay. The loss is KL(full precision ‖ allocated) or DB-LLM's, a mean over positions: the end-to-end phase of
-EfficientQAT (Chen et al. 2024, arXiv 2407.11062, §3.3) with the teacher's predictions in place of the
-next token. Zero points stay too: they are integers here. Batches that are set apart decide whether
+Codes stay. The loss is KL(full precision ‖ allocated), or DB-LLM's, a mean over positions: the end-to-end
+phase of EfficientQAT (Chen et al. 2024, arXiv 2407.11062, §3.3) with the teacher's predictions in place of
+the next token. Zero points stay too: they are integers here. Batches that are set apart decide whether
 what was learnt is taken.
 """
 
