@@ -108,13 +108,11 @@ def _check_kinds(choices: Choices) -> None:
             hint=f"--quantizer {' or '.join(able)} does",
         )
     fixed = [f.name for f in formats if f.kind not in LEARNABLE]
-    if choices.learn_rounding and fixed:
+    if (choices.learn_rounding or choices.distill) and fixed:
         raise CompileError(
-            f"learn_rounding does not learn {', '.join(fixed)}",
+            f"{'learn_rounding' if choices.learn_rounding else 'distill'} does not learn {', '.join(fixed)}",
             hint=f"it learns {' and '.join(sorted(LEARNABLE))} codes, in formats such as w3g64",
         )
-    if choices.distill and any(f.kind != INTEGER for f in formats):
-        raise CompileError("distill moves the scales of integer codes", hint="choose formats such as w3g64")
 
 
 def incoherence_of(choices: Choices) -> tuple[Incoherence, ...]:

@@ -114,6 +114,7 @@ def test_true_bits_of_large_weights(name: str, bits: float) -> None:
     # a row's own numbers and what is stored once are in the last digits
     assert format_.storage_bits(4096, 4096) / 4096**2 == pytest.approx(bits, rel=0.003)
     assert format_.payload_bits(10, 100) == round(1000 * format_.bits)
+    assert format_.payload_bits(13, 37) <= format_.bits * 13 * 37
 
 
 def test_what_crosses_rows_says_so() -> None:

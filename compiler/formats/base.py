@@ -41,7 +41,7 @@ class Format(ABC):
 
     def payload_bits(self, rows: int, columns: int) -> int:
         """Bits of the codes alone."""
-        return round(self.bits * rows * columns)
+        return int(self.bits * rows * columns + 1e-6)  # down, so that a budget of the headline is kept
 
     def inputs_per_scale(self, in_features: int) -> int:
         """The group size in inputs, for a weight with `in_features` columns."""

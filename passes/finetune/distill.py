@@ -4,9 +4,9 @@
 ->
     weight @up : f32[512,192] = sha256:… {role = "block", format = "w2g64", candidates = {w2g64 = "…bb"}}
 
-Codes stay. The loss is KL(full precision ‖ allocated), a mean over positions: the end-to-end phase of
-EfficientQAT (Chen et al. 2024, arXiv 2407.11062, §3.3) with the teacher's predictions in place of the
-next token. Zero points stay too: they are integers here. Batches that are set apart decide whether
+Codes stay. The loss is KL(full precision ‖ allocated), or DB-LLM's, a mean over positions: the end-to-end
+phase of EfficientQAT (Chen et al. 2024, arXiv 2407.11062, §3.3) with the teacher's predictions in place of
+the next token. Zero points stay too: they are integers here. Batches that are set apart decide whether
 what was learnt is taken.
 """
 
@@ -24,6 +24,7 @@ from gammac.calibration import BATCH_WINDOWS
 from gammac.diagnostics import CompileError
 from gammac.ir import Module, to_text
 from gammac.passes.candidates import weights_have_candidates
+from gammac.passes.finetune.deviation_aware import deviation_aware_loss
 from gammac.passes.finetune.student import Learnt, Student
 from gammac.passes.kl_gradient import KlGradient, MeanKl
 from gammac.passes.quantize import weights_have_formats
@@ -31,6 +32,7 @@ from gammac.passes.sensitivity.scores import candidates_of, check_range, rounded
 from gammac.pipeline import Context, Invariant, full_options_text
 
 APART: Final = 16  # every so manieth batch of windows is set apart
+LOSSES: Final = ("kl", "deviation_aware")
 CHUNK: Final = 8  # steps after which a killed run goes on
 BETAS: Final = (0.9, 0.95)
 
@@ -38,7 +40,8 @@ BETAS: Final = (0.9, 0.95)
 @dataclass(frozen=True)
 class Distill:
     """`steps` of `batch` windows each; `rate`: Adam's first step, relative to a scale or to a vector's
-    root mean square, falling to zero as a cosine; `vectors`: norms and biases learn, too."""
+    root mean square, falling to zero as a cosine; `vectors`: norms and biases learn, too. `loss`: kl, or
+    deviation_aware, which is DB-LLM's with `focus` on positions that are hard to tell."""
 
     name: ClassVar[str] = "distill"
     reads: ClassVar[tuple[str, ...]] = ("calibration", "seed")
@@ -48,12 +51,17 @@ class Distill:
     batch: int = 4
     rate: float = 0.003
     vectors: bool = True
+    loss: str = "kl"
+    focus: float = 0.5
 
     def __post_init__(self) -> None:
         """Raises CompileError for options that make no sense."""
         check_range(self.name, "steps", self.steps, 1)
         check_range(self.name, "batch", self.batch, BATCH_WINDOWS)
         check_range(self.name, "rate", self.rate, 0, 0.1)
+        check_range(self.name, "focus", self.focus, 0, 4)
+        if self.loss not in LOSSES:
+            raise CompileError(f"{self.name}: no loss {self.loss!r}", hint=f"there are {', '.join(LOSSES)}")
 
     def run(self, module: Module, ctx: Context) -> Module:
         """Raises CompileError without calibration text, or for an encoder."""
@@ -123,12 +131,19 @@ class _Trainer:
         assert isinstance(kl, Tensor)
         return kl
 
+    def _loss(self, logits: Tensor, batch: int) -> Tensor:
+        """What is made smaller; whether it helped is told by the KL alone."""
+        if self.options.loss == "kl":
+            return self._kl(logits, batch)
+        tokens, log_p = self.batches[batch][:, 1:], self.teacher.log_p(batch)
+        return deviation_aware_loss(logits[:, :-1], log_p, tokens, self.options.focus)
+
     def _step(self, step: int, batches: Sequence[int]) -> None:
         now = self.student.learnt.tensors()
         sums = {n: torch.zeros_like(t) for n, t in now.items()}
         for batch in batches:
             run = self.student.forward(self.batches[batch])
-            _, gradients = run.backward(partial(self._kl, batch=batch))
+            _, gradients = run.backward(partial(self._loss, batch=batch))
             for name, gradient in gradients:
                 kind = "scales" if name in self.student.learnt.scales else "vectors"
                 sums[f"{kind}:{name}"] += gradient / len(batches)

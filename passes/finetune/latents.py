@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from gammac.formats import DUAL_BINARY, INTEGER, DualBinaryFormat, IntegerFormat, Quantized, spread
-from gammac.formats.dual_binary import PLANES, in_order, levels_of
-from gammac.passes.quantizers.grid import SMALLEST_SCALE
+from gammac.formats.dual_binary import levels_of
+from gammac.passes.finetune.scales import at_logs, scaled
 from gammac.passes.quantizers.levels import by_group
 
 MARGIN: Final = 0.45  # of a cell, whose half is ½: how far from its code a latent may start
@@ -62,7 +62,7 @@ class GridLatents:
     def quantized(self) -> Quantized:
         """The nearest codes, and scales as they are stored."""
         codes = self.latent.round().clamp(0, self.format.levels)
-        scales = (self.start.scales.float() * self.log_scale.exp()).half()
+        scales = scaled(self.start, self.log_scale).scales
         return self.format.quantized(codes.to(torch.uint8), scales, self.start.zeros)
 
     def move(self, gradient: Tensor, rate: float, scale_rate: float) -> None:
@@ -72,12 +72,9 @@ class GridLatents:
         scales = self.start.scales.float()
         # a negative scale turns the direction of its codes around
         along = gradient * spread(scales.sign(), self.size, columns)
-        at_scale = gradient * self.quantized().dequantize()
-        groups = self.format.groups(columns)
-        summed = torch.nn.functional.pad(at_scale, (0, groups * self.size - columns))
-        summed = summed.reshape(len(gradient), groups, self.size).sum(-1)
+        at_scale = at_logs(self.quantized(), gradient)
         self.latent = (self.latent - rate * along.sign()).clamp(-0.5, self.format.levels + 0.5)
-        self.log_scale -= scale_rate * summed.sign()
+        self.log_scale -= scale_rate * at_scale.sign()
 
 
 class DualLatents:
@@ -97,16 +94,13 @@ class DualLatents:
     def quantized(self) -> Quantized:
         """The nearest codes; scales that obey the order of the levels."""
         codes = self.latent.round().clamp(0, 3).to(torch.uint8)
-        scales = in_order(self.start.scales.float() * self.log_scale.exp(), SMALLEST_SCALE)
-        return self.format.quantized(codes, scales)
+        return self.format.quantized(codes, scaled(self.start, self.log_scale).scales)
 
     def move(self, gradient: Tensor, rate: float, scale_rate: float) -> None:
-        """See Latents. ∂L/∂α is that at the weights whose plane is set, which count as constants."""
-        now = self.quantized()
-        planes = torch.stack([by_group(now.parts[name].float(), self.size) for name in PLANES], -1)
-        summed = (by_group(gradient, self.size)[..., None] * planes).sum(2) * now.scales.float()
+        """See Latents."""
+        at_scale = at_logs(self.quantized(), gradient)
         self.latent = (self.latent - rate * gradient.sign()).clamp(-0.5, 3.5)
-        self.log_scale -= scale_rate * summed.sign()
+        self.log_scale -= scale_rate * at_scale.sign()
 
 
 def _position(values: Tensor, levels: Tensor) -> Tensor:

@@ -14,18 +14,18 @@ from gammac.calibration import Segment, inputs_of, segments
 from gammac.formats import Quantized, load_float, parse_format
 from gammac.ir import Module, Op, Value, WeightRef
 from gammac.ir.interpret import Env, bind, run_ops
+from gammac.passes.finetune.scales import at_logs, scaled
 from gammac.passes.sensitivity.scores import candidates_of
 from gammac.weights import WeightStore
 
 READ_BY: Final = ("rms_norm", "layer_norm", "linear")  # ops whose vectors, gains and biases, are learnt
-SCALES: Final = "scales"
 Loss = Callable[[Tensor], Tensor]  # logits f32 [n, length, vocab] to a scalar
 
 
 @dataclass
 class Learnt:
-    """What is learnt: by weight name, the logarithm of what its scales are multiplied by
-    [rows, groups], and what is added to a norm's gain or a bias, in units of its root mean square."""
+    """What is learnt: by weight name, the logarithm of what its scales are multiplied by,
+    shaped as they are, and what is added to a norm's gain or a bias, in units of its root mean square."""
 
     scales: dict[str, Tensor] = field(default_factory=dict)
     vectors: dict[str, Tensor] = field(default_factory=dict)
@@ -71,9 +71,7 @@ class Student:
 
     def scaled(self, name: str) -> Quantized:
         """A weight with the scales that were learnt, rounded as they are stored."""
-        start = self.codes(name)
-        scales = (start.scales.float() * self.learnt.scales[name].exp()).half()
-        return Quantized(start.format, {**start.parts, SCALES: scales})
+        return scaled(self.codes(name), self.learnt.scales[name])
 
     def vector(self, name: str) -> Tensor:
         """A norm's gain or a bias as learnt."""
@@ -166,17 +164,14 @@ class Run:
             self.states[index] = {}
             for name, gradient in zip(names, found, strict=False):
                 if gradient is not None:
-                    yield name, self._at_learnt(name, gradient, leaves[name].detach())
+                    yield name, self._at_learnt(name, gradient)
 
-    def _at_learnt(self, name: str, gradient: Tensor, weight: Tensor) -> Tensor:
+    def _at_learnt(self, name: str, gradient: Tensor) -> Tensor:
         """From the gradient at a weight to the one at what is learnt of it."""
         learnt = self.student.learnt
         if name in learnt.vectors:
             return gradient * _size(load_float(self.student.module.weights[name], self.student.store))
-        groups, columns = learnt.scales[name].shape[1], weight.shape[1]
-        size = -(-columns // groups)
-        padded = torch.nn.functional.pad(gradient * weight, (0, groups * size - columns))
-        return padded.reshape(len(weight), groups, size).sum(-1)
+        return at_logs(self.student.scaled(name), gradient)
 
 
 def _leaf(tensor: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ def int2_scales(weight: Tensor, group: int, clip: str, importance: Tensor | None
         scales = torch.stack([-2 * side * grid.scales, side * grid.scales], -1)
         found.append(scales)
         losses.append(_losses(weight, scales, importance))
-    return torch.where((losses[0] <= losses[1])[..., None], *found)
+    return torch.where((losses[0] <= losses[1])[..., None], found[0], found[1])
 
 
 def assign(weight: Tensor, scales: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ def assign(weight: Tensor, scales: Tensor) -> Tensor:
     """
     mirrored = scales[..., :1] < 0
     sign = torch.where(mirrored, -1.0, 1.0)
-    long, short = (sign * part for part in scales.float().split(1, -1))
+    long, short = (sign * part[..., None] for part in scales.float().unbind(-1))
     values = sign * weight
     first = (values > (long + short) / 2).to(torch.uint8)
     second = (values < long * first + short / 2).to(torch.uint8)
