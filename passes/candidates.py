@@ -131,7 +131,7 @@ def quantize_stack(
     for format_, whole in zip(formats, results, strict=True):
         start = 0
         for weight, values in zip(stack, floats, strict=True):
-            part = whole.rows(start, start + len(values))
+            part = whole if len(stack) == 1 else whole.rows(start, start + len(values))
             start += len(values)
             found[weight.name]["candidates"][format_.name] = ctx.store.put(part.parts)
             error = output_error(values, part.dequantize(), gram)

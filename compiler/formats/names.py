@@ -7,14 +7,19 @@ from typing import Final
 from gammac.diagnostics import CompileError
 from gammac.formats.base import CHANNEL, Format
 from gammac.formats.integer import IntegerFormat
+from gammac.formats.trellis import STATE_BITS, TrellisFormat
 
 # pattern → format; what `(?P<group>…)` matched is read as a group size
 GROUP: Final = r"(?:g(?P<group>\d+)|channel)"
 Found = re.Match[str]
 SPELLINGS: Final[Sequence[tuple[str, Callable[[Found, int], Format]]]] = (
     (rf"w([1-8]){GROUP}(-sym)?", lambda m, group: IntegerFormat(int(m[1]), group, bool(m[3]))),
+    (
+        r"tcq([1-4])(?:g(?P<group>\d+))?(?:-l([89]|1[0-6]))?",
+        lambda m, group: TrellisFormat(int(m[1]), group, int(m[3] or STATE_BITS)),
+    ),
 )
-EXAMPLES: Final = "w4g64, w3g128-sym or w8channel (bits 1 to 8)"
+EXAMPLES: Final = "w4g64, w3g128-sym or w8channel (bits 1 to 8), tcq2 or tcq3-l10 (1 to 4)"
 
 
 def parse_format(text: str) -> Format:

@@ -9,6 +9,7 @@ from gammac.diagnostics import CompileError
 from gammac.formats import Format, Quantized
 from gammac.passes.quantizers.gptq import Gptq
 from gammac.passes.quantizers.rtn import Rtn
+from gammac.passes.quantizers.tcq import Tcq
 
 
 class Quantizer(Protocol):
@@ -27,7 +28,7 @@ class Quantizer(Protocol):
         ...
 
 
-QUANTIZERS: Final[dict[str, type[Quantizer]]] = {q.name: q for q in (Rtn, Gptq)}
+QUANTIZERS: Final[dict[str, type[Quantizer]]] = {q.name: q for q in (Rtn, Gptq, Tcq)}
 
 
 def make_quantizer(name: str, **options: object) -> Quantizer:
@@ -48,4 +49,4 @@ def output_error(weight: Tensor, quantized: Tensor, gram: Tensor | None) -> floa
     return float(lost / ((weight @ gram) * weight).sum().clamp(min=1e-30))
 
 
-__all__ = ["QUANTIZERS", "Gptq", "Quantizer", "Rtn", "make_quantizer", "output_error"]
+__all__ = ["QUANTIZERS", "Gptq", "Quantizer", "Rtn", "Tcq", "make_quantizer", "output_error"]
