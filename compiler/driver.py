@@ -34,7 +34,7 @@ from gammac.targets.cost import Cost, module_cost
 from gammac.targets.onnx.any_bits import find_compiler
 from gammac.targets.onnx.emit import emit, emitted_function
 from gammac.targets.onnx.library import library_builder
-from gammac.targets.target import BLOCK, TABLE, Target, load_target
+from gammac.targets.target import Target, load_target
 from gammac.texts import Calibration, read_text, token_windows
 from gammac.weights import WeightStore
 
@@ -112,8 +112,7 @@ def make_plan(request: Request, cache: Path | None = None) -> Plan:
     started = time.perf_counter()
     target = load_target(request.target)
     budgets = parse_budgets(request.budget)
-    target.check_kinds(parse_formats(request.choices.block), BLOCK)
-    target.check_kinds(parse_formats(request.choices.table), TABLE)
+    parse_formats(request.choices.block), parse_formats(request.choices.table)
     compiler = not request.portable and find_compiler() is not None
     default_pipeline(request.choices, target.emitter, compiler=compiler)
     if request.calibration is not None:

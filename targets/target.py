@@ -6,7 +6,7 @@ expands the whole weight at every call, tens of times slower, and say nothing.
 
 import hashlib
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from importlib import resources
 from pathlib import Path
@@ -109,17 +109,6 @@ class Target:
         fitted = format_.fit(in_features)
         rows = (k for k in self.kernels if k.role == role and k.runs(fitted))
         return next((k for k in rows if compiler or not k.needs_compiler), None)
-
-    def check_kinds(self, formats: Sequence[Format], role: str) -> None:
-        """Raises CompileError for a format of a kind that no kernel reads, whatever its bits and groups."""
-        kinds = dict.fromkeys(k.kind for k in self.kernels if k.role == role)
-        for format_ in formats:
-            if format_.kind not in kinds:
-                raise CompileError(
-                    f"{self.name} does not run {format_.name}: "
-                    f"its emitter, {self.emitter}, has no kernel that reads packed {format_.kind} formats",
-                    hint=f"choose {' or '.join(kinds)} formats, or a target with such a kernel",
-                )
 
     def fit(self, format_: Format, role: str, in_features: int, *, compiler: bool = True) -> Format | None:
         """The format, or the next smaller group, or one scale a row, that divides the row and runs fast."""

@@ -213,7 +213,7 @@ def test_rows_are_not_cut() -> None:
 
 def test_onnx_refuses_before_any_work() -> None:
     choices = Choices(block="tcq2", quantizer="tcq")
-    with pytest.raises(CompileError, match=r"does not run tcq2: its emitter, onnx, has no kernel"):
+    with pytest.raises(CompileError, match="does not run tcq2"):
         make_plan(Request("no-such-model", choices=choices))
 
 

@@ -26,7 +26,7 @@ from gammac.passes.quantizers.viterbi import sweep_strips
 FACTORS: Final = (1.03, 1.12, 1.22, 1.34)
 GAUSSIAN_FACTOR: Final = FACTORS[0]  # the best for Gaussian weights without feedback
 SEARCH_STATE_BITS: Final = 8  # a sixteenth of the states of 12, and the same factors win
-SEARCH_ROWS: Final = 512
+SEARCH_ROWS: Final = 256
 
 
 @dataclass(frozen=True)
