@@ -14,13 +14,14 @@ from gammac.budget import SIZE, Budget, parse_budgets
 from gammac.cache import PassCache, key_of
 from gammac.diagnostics import CompileError
 from gammac.files import write_atomically
-from gammac.formats import parse_formats
+from gammac.formats import parse_format, parse_formats
 from gammac.frontend.export import Source, capture, load_source
 from gammac.ir import Module, to_text
 from gammac.models_zoo.fetch import default_cache, fetch
 from gammac.models_zoo.registry import MODELS
 from gammac.models_zoo.texts import default_calibration_text
 from gammac.passes import Choices, default_pipeline, refine_of, strategy_of
+from gammac.passes.finetune import Distill
 from gammac.passes.refine import Refine
 from gammac.passes.sensitivity import NEED_NEXT_TOKEN
 from gammac.pipeline import Context, Observer, Pipeline, Step
@@ -34,7 +35,7 @@ from gammac.targets.cost import Cost, module_cost
 from gammac.targets.onnx.any_bits import find_compiler
 from gammac.targets.onnx.emit import emit, emitted_function
 from gammac.targets.onnx.library import library_builder
-from gammac.targets.target import Target, load_target
+from gammac.targets.target import ANY, BLOCK, NO_EMITTER, REFERENCE, TABLE, Target, load_target
 from gammac.texts import Calibration, read_text, token_windows
 from gammac.weights import WeightStore
 
@@ -49,6 +50,7 @@ LIBRARY_BYTES: Final = 350_000
 SIZE_TRIES: Final = 3
 LIBRARY_SUFFIXES: Final = (".so", ".dylib", ".dll")
 MODULE: Final = "module.gir"
+NO_ROLE: Final = "neither a block's linear, nor the token embedding, nor the head"
 
 
 @dataclass(frozen=True)
@@ -107,13 +109,16 @@ def resolve(model: str, trust_remote_code: bool = False) -> Source:
     return replace(source, name=Path(model).resolve().name) if Path(model).exists() else source
 
 
-def make_plan(request: Request, cache: Path | None = None) -> Plan:
-    """Find the model, capture it, and check target, budgets and formats. Raises CompileError."""
+def make_plan(request: Request, cache: Path | None = None, *, artifact: bool = True) -> Plan:
+    """Find the model, capture it, and check target, budgets and formats. Raises CompileError.
+
+    `artifact`: whether one is to be written, which some targets can't.
+    """
     started = time.perf_counter()
     target = load_target(request.target)
     budgets = parse_budgets(request.budget)
-    parse_formats(request.choices.block), parse_formats(request.choices.table)
     compiler = not request.portable and find_compiler() is not None
+    check_target(target, request.choices, compiler=compiler, artifact=artifact)
     default_pipeline(request.choices, target.emitter, compiler=compiler)
     if request.calibration is not None:
         read_text(request.calibration)
@@ -123,6 +128,7 @@ def make_plan(request: Request, cache: Path | None = None) -> Plan:
     module = capture(source, store)
     wanted = (strategy_of(request.choices), *refine_of(request.choices))
     needy = [p.name for p in wanted if p.name in NEED_NEXT_TOKEN or isinstance(p, Refine)]
+    needy += [Distill.name] if request.choices.distill else []
     if module.attrs.get("kind") == "encoder" and needy:
         raise CompileError(
             f"{source.name} is an encoder: {needy[0]} needs a next token", hint="use --strategy weight_mse"
@@ -130,6 +136,25 @@ def make_plan(request: Request, cache: Path | None = None) -> Plan:
     seconds = time.perf_counter() - started
     passes = PassCache(folder / "passes")
     return Plan(request, target, budgets, source, module, store, passes, folder, compiler, seconds)
+
+
+def check_target(target: Target, choices: Choices, *, compiler: bool, artifact: bool) -> None:
+    """Raises CompileError for kinds of formats that a target doesn't run, and for one that writes nothing."""
+    if artifact and target.emitter == NO_EMITTER:
+        raise CompileError(
+            f"nothing can be compiled for {target.name}: it has no emitter",
+            hint="gammac sweep measures allocations on it; compile for another target, such as cpu",
+        )
+    for role, wished in ((BLOCK, choices.block), (TABLE, choices.table)):
+        kinds = target.kinds(role, compiler=compiler)
+        foreign = [f.name for f in parse_formats(wished) if not {f.kind, ANY} & kinds]
+        if foreign:
+            raise CompileError(
+                f"{target.name} ({target.emitter}) does not run {', '.join(foreign)} as {role} weights"
+                + ("" if compiler else " without a C++ compiler"),
+                hint=f"it runs {' and '.join(sorted(kinds))} codes, such as w4g64: gammac targets show "
+                f"{target.name}; gammac sweep --target {REFERENCE} measures any format without an artifact",
+            )
 
 
 def calibration_of(plan: Plan) -> Calibration | None:
@@ -265,7 +290,7 @@ def not_quantized(module: Module) -> Iterator[tuple[str, str]]:
     """Weights of two dimensions that stay floats, and why."""
     for name, weight in module.weights.items():
         if weight.type.rank == 2 and "stored" not in weight.attrs:
-            yield name, "neither a block's linear, nor the token embedding, nor the head"
+            yield name, "a factor of incoherence" if "serves" in weight.attrs else NO_ROLE
 
 
 def fallbacks(plan: Plan, module: Module) -> Iterator[tuple[str, str]]:
@@ -275,7 +300,8 @@ def fallbacks(plan: Plan, module: Module) -> Iterator[tuple[str, str]]:
         stored = weight.attrs.get("stored")
         wished = parse_formats(choices.block if weight.attrs.get("role") == "block" else choices.table)
         if stored is not None and stored not in {f.name for f in wished}:
-            asked = [f.name for f in wished if str(stored).startswith(f"w{f.bits}")]
+            found = parse_format(str(stored))
+            asked = [f.name for f in wished if f.with_group(found.group) == found]
             yield name, f"{' or '.join(asked)} does not fit {_columns(weight)} inputs: {stored}"
 
 
@@ -287,6 +313,9 @@ def notes_on(plan: Plan, module: Module) -> Iterator[str]:
     changed = list(fallbacks(plan, module))
     if changed:
         yield f"{len(changed)} weights got another group size: {changed[0][0]}: {changed[0][1]}"
+    rounded = {op.attrs["bits"] for op in emitted_function(module).ops if op.name == "fake_quantize"}
+    if rounded:
+        yield f"linears of blocks read activations of {', '.join(sorted(map(str, rounded)))} bits"
     if not plan.compiler:
         yield "no C++ compiler: rows are split between 2, 4 and 8 bits; with one, every width has a kernel"
 

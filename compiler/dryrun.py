@@ -15,21 +15,26 @@ import torch
 from gammac.calibration import BATCH_WINDOWS
 from gammac.driver import Plan, calibration_of, context_of, extra_bytes
 from gammac.ir import Module, Weight
-from gammac.passes import default_pipeline, refine_of, strategy_of
+from gammac.passes import default_pipeline, incoherence_of, refine_of, strategy_of
 from gammac.passes.allocate import Allocate
+from gammac.passes.awq import Awq
 from gammac.passes.candidates import Candidates
 from gammac.passes.collect_grams import CollectGrams
 from gammac.passes.collect_guided_grams import CollectGuidedGrams
-from gammac.passes.finetune import LearnRounding
+from gammac.passes.finetune import Distill, LearnRounding
+from gammac.passes.incoherence import Incoherence
+from gammac.passes.quantize_activations import QuantizeActivations, parse_activations
+from gammac.passes.quantizers import make_quantizer
 from gammac.passes.sensitivity import Amq, DeltaLoss, Fisher, Gamma, GreedyKl, Hawq
 from gammac.passes.sensitivity.scores import grid_noise
+from gammac.passes.smooth_quant import SmoothQuant
 from gammac.pipeline import Context, Pass, Pipeline
 from gammac.targets.cost import Cost, module_cost
 
 # of a weight in a format: 134 million weights in four formats took 63 s on two cores
 SWEEP_NANOSECONDS: Final = 120.0
-# the first of the passes that take long; what stands before them only rewrites the module
-MEASURING: Final = (CollectGrams, CollectGuidedGrams, Candidates)
+# passes that take long and change nothing that a size or a time depends on
+MEASURING: Final = (SmoothQuant, Awq, CollectGrams, CollectGuidedGrams)
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ def estimate(plan: Plan) -> Estimate:
     cost = module_cost(module, plan.target, extra_bytes=extra)
     return Estimate(
         cost,
-        _seconds(plan, module, tokens),
+        compile_seconds(plan, module, tokens),
         _peak_bytes(module, tokens, plan.request.calibration_length),
         tokens,
         module,
@@ -65,9 +70,23 @@ def guess_scores(plan: Plan, ctx: Context) -> Module:
     """The module as candidates would find it, with the noise model's scores."""
     choices = plan.request.choices
     passes = default_pipeline(choices, plan.target.emitter, compiler=plan.compiler)
-    module = Pipeline(tuple(takewhile(lambda p: not isinstance(p, MEASURING), passes))).run(plan.module, ctx)
+    before = tuple(takewhile(lambda p: not isinstance(p, Candidates), passes))
+    collected = any(isinstance(p, CollectGrams | CollectGuidedGrams) for p in before)
+    module = Pipeline(tuple(p for p in before if not isinstance(p, (*MEASURING, Incoherence)))).run(
+        plan.module, ctx
+    )
+    if collected:
+        module = module.with_weights(*(_with_white_gram(w, ctx) for w in _choosable(module)))
+    module = Pipeline(incoherence_of(choices)).run(module, ctx)
     candidates = Candidates(choices.block, choices.table, compiler=plan.compiler)
     return module.with_weights(*(_guessed(w, candidates, ctx) for w in _choosable(module)))
+
+
+def _with_white_gram(weight: Weight, ctx: Context) -> Weight:
+    """As calibration on white noise would find it: no pass needs more for sizes to be exact."""
+    columns = weight.type.shape[1]
+    assert isinstance(columns, int)
+    return weight.with_attrs(gram=ctx.store.put({"data": torch.eye(columns)}))
 
 
 def _choosable(module: Module) -> list[Weight]:
@@ -79,13 +98,15 @@ def _guessed(weight: Weight, candidates: Candidates, ctx: Context) -> Weight:
     return weight.with_attrs(scores={f.name: grid_noise(weight, f.name) for f in formats})
 
 
-def _seconds(plan: Plan, module: Module, tokens: int) -> float:
+def compile_seconds(plan: Plan, module: Module, tokens: int) -> float:
+    """What a compile would take; `module` as `guess_scores` makes it, `tokens` of calibration."""
     weights = _choosable(module)
     block = sum(w.type.numel() for w in weights if w.attrs["role"] == "block")
     every = sum(w.type.numel() for w in weights)
     formats = len(plan.request.choices.block.split("+"))
     gemm = 0.0
-    if plan.request.choices.quantizer == "gptq":
+    gemm += 2 * tokens * block * _scaling_runs(plan)
+    if make_quantizer(plan.request.choices.quantizer).needs_gram:
         grams = sum(int(str(w.type.shape[1])) ** 2 for w in weights)
         guided = plan.request.choices.guided  # forward, forward again, backward; a product for each linear
         # otherwise q, k, v and gate, up share a matrix
@@ -97,8 +118,19 @@ def _seconds(plan: Plan, module: Module, tokens: int) -> float:
     if plan.request.choices.learn_rounding:
         learn = LearnRounding()
         gemm += 2 * block * (3 * learn.steps * learn.batch * plan.request.calibration_length + 4 * tokens)
+    if plan.request.choices.distill:
+        distill = Distill()
+        learnt_from = distill.steps * distill.batch * plan.request.calibration_length
+        gemm += 2 * every * (4 * learnt_from + 1.25 * tokens)
     sweeps = every * formats * SWEEP_NANOSECONDS * 1e-9
-    return plan.capture_seconds + gemm / _flops() + sweeps + every * 1e-8
+    return plan.capture_seconds + gemm / flops() + sweeps + every * 1e-8
+
+
+def _scaling_runs(plan: Plan) -> int:
+    """Runs of the calibration text that scales and steps of activations take."""
+    passes = default_pipeline(plan.request.choices, plan.target.emitter, compiler=plan.compiler)
+    static = [p for p in passes if isinstance(p, QuantizeActivations) and parse_activations(p.format).static]
+    return len(static) + sum(isinstance(p, SmoothQuant | Awq) for p in passes)
 
 
 def scoring_work(strategy: Pass, weights: int, formats: int) -> tuple[int, int]:
@@ -125,7 +157,7 @@ def scoring_work(strategy: Pass, weights: int, formats: int) -> tuple[int, int]:
     return 0, 0
 
 
-def _flops() -> float:
+def flops() -> float:
     """Operations a second of a matrix product of this model's kind, measured."""
     a, b = torch.randn(2048, 576), torch.randn(576, 1536)
     best = float("inf")

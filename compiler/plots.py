@@ -50,10 +50,11 @@ def draw(sweep: Sweep, folder: Path) -> list[Path]:
             "shares": _shares(sweep),
             **{f"bits-{_plain(s)}": _maps(sweep, s) for s in strategies(sweep)},
         }
-        return [_save(f, folder / f"{name}.{kind}") for name, f in figures.items() for kind in METADATA]
+        return [save(f, folder / f"{name}.{kind}") for name, f in figures.items() for kind in METADATA]
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
+    """Write a figure in the form that the path's ending names; equal figures give equal bytes."""
     kind = path.suffix[1:]
     content = io.BytesIO()
     figure.savefig(content, format=kind, dpi=150, metadata=METADATA[kind])
@@ -91,7 +92,7 @@ def _curves(sweep: Sweep, label: str, value: Callable[[Row], float], full: float
         axes.plot(*places, "o", mfc="none", mec="black", markersize=9, label="one width everywhere")
     if full is not None:
         axes.axhline(full, color="black", linestyle=":", linewidth=1, label="full precision")
-    _logarithmic(axes)
+    logarithmic(axes)
     axes.set_xlabel("payload bits")
     axes.set_ylabel(label)
     axes.legend(frameon=False)
@@ -106,7 +107,7 @@ def _point(rows: Sequence[Row], value: Callable[[Row], float]) -> tuple[float, f
     return bits, min(values), math.fsum(values) / len(values), max(values)
 
 
-def _logarithmic(axes: Axes) -> None:
+def logarithmic(axes: Axes) -> None:
     """Log y, its ticks as plain numbers, also between powers of ten."""
     axes.set_yscale("log")
     plain = FuncFormatter(lambda value, _: f"{value:.6g}")

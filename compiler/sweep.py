@@ -22,6 +22,7 @@ from gammac.dryrun import guess_scores
 from gammac.ir import Module, to_text
 from gammac.passes import default_pipeline
 from gammac.passes.allocate import Allocate
+from gammac.passes.awq import Awq
 from gammac.passes.candidates import Candidates
 from gammac.passes.collect_grams import CollectGrams
 from gammac.passes.collect_guided_grams import CollectGuidedGrams
@@ -39,7 +40,7 @@ from gammac.weights import digest_of
 
 FULL: Final = "full precision"
 CALIBRATION: Final = "the calibration text"
-PREPARING: Final = (CollectGrams, CollectGuidedGrams, Candidates)
+PREPARING: Final = (Awq, CollectGrams, CollectGuidedGrams, Candidates)
 # assignments tried together: what a killed sweep loses at most
 GROUP: Final = 8
 
@@ -71,7 +72,7 @@ class Seconds:
     @property
     def total(self) -> float | None:
         """What a compile from an empty cache would take of these."""
-        return _sum((self.candidates, self.scoring, self.allocation))
+        return sum_of((self.candidates, self.scoring, self.allocation))
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def run_sweep(wish: SweepRequest, cache: Path | None = None, progress: Progress 
     """Raises CompileError; for all that can be known early, before any long work."""
     granted = [parse_budgets(text) for text in wish.budgets]
     # _check refuses an encoder whatever the strategy; this one suits every model
-    plan = make_plan(_with_strategy(wish.request, WeightMse.name), cache)
+    plan = make_plan(_with_strategy(wish.request, WeightMse.name), cache, artifact=False)
     _check(wish, plan)
     ctx = context_of(plan, progress)
     text, tokens = _tokens(wish, plan, ctx)
@@ -253,7 +254,7 @@ def _allocate(
                 module_cost(chosen, plan.target),
                 strategy,
                 "+".join(map(str, budgets)),
-                seconds=Seconds(_sum(prepared), _sum(scoring), _sum(behind)),
+                seconds=Seconds(sum_of(prepared), sum_of(scoring), sum_of(behind)),
             )
         )
     return scored, found
@@ -263,18 +264,19 @@ def _timed(passes: Sequence[Pass], module: Module, ctx: Context) -> tuple[Module
     """The module behind the passes, and what each took."""
     steps: list[Step] = []
     after = Pipeline(tuple(passes), (steps.append,)).run(module, ctx)
-    return after, [_seconds(step, ctx) for step in steps]
+    return after, [seconds_of(step, ctx) for step in steps]
 
 
-def _seconds(step: Step, ctx: Context) -> float | None:
-    """What a pass took when it ran; None if no sweep watched it then."""
+def seconds_of(step: Step, ctx: Context) -> float | None:
+    """What a pass took when it ran; None if no sweep or study watched it then."""
     own = (full_options_text(step.pass_), ctx.fingerprint(step.pass_.reads), to_text(step.before))
     taken = {"seconds": None if step.cached else round(step.seconds, 3)}
     found: float | None = ctx.cache.record(key_of("seconds", *own), lambda: taken)["seconds"]
     return found
 
 
-def _sum(seconds: Sequence[float | None]) -> float | None:
+def sum_of(seconds: Sequence[float | None]) -> float | None:
+    """The sum, None if one of them is not known."""
     known = [s for s in seconds if s is not None]
     return round(sum(known), 3) if len(known) == len(seconds) else None
 

@@ -68,7 +68,6 @@ def closing_lines(compiled: Compiled) -> Iterator[str]:
 def estimate(plan: Plan, found: Estimate) -> Table:
     """What a dry run tells."""
     cost = found.cost
-    seconds = found.seconds
     rows = {
         "size": f"{cost.bytes / 1e6:.1f} MB",
         "payload bits": f"{cost.payload_bits:.3f}",
@@ -76,11 +75,16 @@ def estimate(plan: Plan, found: Estimate) -> Table:
         "whole-model bits": f"{cost.whole_model_bits:.3f}",
         "predicted decode": f"{cost.decode_seconds * 1e3:.2f} ms/token",
         "memory at run time": f"{cost.peak_bytes / 1e6:.0f} MB",
-        "compile time": f"about {seconds:.0f} s" if seconds < 90 else f"about {seconds / 60:.0f} min",
+        "compile time": expected_time(found),
         "compile memory": f"about {found.peak_bytes / 1e9:.1f} GB",
         "calibration": f"{found.calibration_tokens} tokens",
     }
     return figures(f"{plan.source.name} → {plan.target.name} (dry run)", rows)
+
+
+def expected_time(found: Estimate) -> str:
+    """Of a compile."""
+    return f"about {found.seconds:.0f} s" if found.seconds < 90 else f"about {found.seconds / 60:.0f} min"
 
 
 def figures(title: str, found: Mapping[str, Any]) -> Table:
@@ -173,11 +177,12 @@ def targets(found: Sequence[Target]) -> Table:
 def kernels(target: Target) -> Table:
     """What a target runs fast."""
     title = f"{target.name}: {target.description} ({target.emitter}, {target.arch})"
-    table = Table("kernel", "for", "bits", "group sizes", "needs", title=title)
+    table = Table("kernel", "for", "codes", "bits", "group sizes", "needs", title=title)
     for kernel in target.kernels:
         groups = " ".join(str(g) if g else "channel" for g in kernel.groups)
         needs = "a C++ compiler" if kernel.needs_compiler else ""
-        table.add_row(kernel.op, kernel.role, " ".join(map(str, kernel.bits)), groups, needs)
+        bits = " ".join(f"{b:g}" for b in kernel.bits)
+        table.add_row(kernel.op, kernel.role, kernel.kind, bits, groups, needs)
     return table
 
 

@@ -205,13 +205,13 @@ class _Trials:
 
             def logits(path: Path, place: int = place, batch: int = batch) -> Iterator[Tensor]:
                 state = states[path[:-1]][place]
-                return _rows(self._run(path, state, batch, weights)[self.logits])
+                return predicting_rows(self._run(path, state, batch, weights)[self.logits])
 
             log_p = [rows.log_softmax(-1) for rows in logits(self.reference)]
             chances = [rows.exp() for rows in log_p]
             for path in chunk.tried:
                 log_q = log_p if path == self.reference else (r.log_softmax(-1) for r in logits(path))
-                parts = [_measure(*rows) for rows in zip(log_p, chances, log_q, targets, strict=True)]
+                parts = [divergence(*rows) for rows in zip(log_p, chances, log_q, targets, strict=True)]
                 kl, nll, agreeing = (math.fsum(column) for column in zip(*parts, strict=True))
                 self.sums.setdefault(path, []).append((kl, nll, agreeing))
 
@@ -221,13 +221,13 @@ class _Trials:
         return Trial(*(math.fsum(column) / count for column in zip(*self.sums[path], strict=True)))
 
 
-def _rows(logits: Tensor) -> Iterator[Tensor]:
+def predicting_rows(logits: Tensor) -> Iterator[Tensor]:
     """The positions that predict, f32 [rows, vocab], some at a time; logits [windows, length, vocab]."""
     for window in logits:
         yield from window[:-1].float().split(ROWS)
 
 
-def _measure(log_p: Tensor, chances: Tensor, log_q: Tensor, targets: Tensor) -> tuple[float, float, float]:
+def divergence(log_p: Tensor, chances: Tensor, log_q: Tensor, targets: Tensor) -> tuple[float, float, float]:
     """Sums over rows: KL(p ‖ q), negative log-likelihood under q, rows with one top token."""
     kl = torch.linalg.vecdot(chances, log_p - log_q).double().sum().item()
     nll = -log_q.gather(1, targets[:, None]).double().sum().item()

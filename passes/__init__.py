@@ -7,29 +7,34 @@ from typing import Final
 from gammac.diagnostics import CompileError
 from gammac.formats import INTEGER, parse_formats
 from gammac.passes.allocate import Allocate
+from gammac.passes.awq import Awq
 from gammac.passes.candidates import Candidates
 from gammac.passes.collect_grams import CollectGrams
 from gammac.passes.collect_guided_grams import CollectGuidedGrams
-from gammac.passes.finetune import LearnRounding
+from gammac.passes.finetune import LEARNABLE, Distill, LearnRounding
 from gammac.passes.fold_constants import FoldConstants
 from gammac.passes.fold_norms import FoldNorms
+from gammac.passes.incoherence import Incoherence
 from gammac.passes.insert_kv_cache import InsertKvCache
 from gammac.passes.keep_precision import KeepPrecision
 from gammac.passes.legalize_onnx import LegalizeOnnx
-from gammac.passes.options import parse_strategy
+from gammac.passes.options import options_of, parse_strategy
 from gammac.passes.quantize import Quantize
-from gammac.passes.quantizers import QUANTIZERS, make_quantizer
+from gammac.passes.quantize_activations import QuantizeActivations, parse_activations
+from gammac.passes.quantizers import QUANTIZERS, Quip, make_quantizer
 from gammac.passes.raise_patterns import RaisePatterns
 from gammac.passes.refine import Refine
 from gammac.passes.rotate import Rotate
 from gammac.passes.sensitivity import STRATEGIES, Gamma
+from gammac.passes.smooth_quant import SmoothQuant
 from gammac.passes.split_rows import SplitRows
 from gammac.pipeline import Pass
+from gammac.targets.target import NO_EMITTER
 
 _IN_ORDER: Final[tuple[type[Pass], ...]] = (
-    FoldConstants, RaisePatterns, FoldNorms, Rotate, InsertKvCache, KeepPrecision, SplitRows, CollectGrams,
-    CollectGuidedGrams, Candidates, *STRATEGIES.values(), Allocate, Refine, LearnRounding, Quantize,
-    LegalizeOnnx,
+    FoldConstants, RaisePatterns, FoldNorms, Rotate, SmoothQuant, Awq, InsertKvCache, KeepPrecision,
+    SplitRows, CollectGrams, CollectGuidedGrams, Incoherence, Candidates, *STRATEGIES.values(), Allocate,
+    Refine, LearnRounding, Distill, Quantize, QuantizeActivations, LegalizeOnnx,
 )  # fmt: skip
 PASSES: Final[Mapping[str, type[Pass]]] = {p.name: p for p in _IN_ORDER}
 
@@ -39,6 +44,9 @@ REFINED: Final = frozenset({Gamma.name})
 # emitter → the pass that brings a module into the form that it writes
 LEGALIZERS: Final[Mapping[str, type[Pass]]] = {"onnx": LegalizeOnnx}
 
+# emitters that write fake_quantize
+RUN_ACTIVATIONS: Final = ("onnx",)
+
 
 @dataclass(frozen=True)
 class Choices:
@@ -46,6 +54,7 @@ class Choices:
 
     `strategy` may have options, as in a pipeline, and `+refine`, with or without options, behind it.
     `refine` on or off holds where the strategy doesn't say it; by default only gamma is refined.
+    `incoherence` is a kind of that pass, with or without options, or none; None: what the quantizer needs.
     """
 
     block: str = "w2g64+w3g64+w4g64+w8g64"
@@ -59,8 +68,14 @@ class Choices:
     refine: bool | None = None
     tie: bool | None = None
     rotate: bool = False
+    awq_scales: bool | None = None  # by default with the quantizer awq
+    smooth_quant: bool = False
+    smooth_alpha: float = SmoothQuant.alpha
+    activations: str = ""
     guided: bool = False
+    incoherence: str | None = None
     learn_rounding: bool = False
+    distill: bool = False
 
 
 def strategy_of(choices: Choices) -> Pass:
@@ -81,17 +96,73 @@ def refine_of(choices: Choices, extra_bytes: int = 0) -> tuple[Refine, ...]:
 
 
 def _check_kinds(choices: Choices) -> None:
-    """Raises CompileError for formats of the blocks that the quantizer, or what follows, does not write."""
+    """Raises CompileError for formats that the quantizer, or what follows, does not write."""
     formats, kinds = parse_formats(choices.block), make_quantizer(choices.quantizer).kinds
     foreign = [f for f in formats if f.kind not in kinds]
+    # tables in a kind that the quantizer doesn't write are rounded, which takes a grid
+    foreign += [f for f in parse_formats(choices.table) if f.kind not in (*kinds, INTEGER)]
     if foreign:
         able = [name for name, q in QUANTIZERS.items() if foreign[0].kind in q.kinds]
         raise CompileError(
             f"{choices.quantizer} does not write {', '.join(f.name for f in foreign)}",
             hint=f"--quantizer {' or '.join(able)} does",
         )
-    if choices.learn_rounding and any(f.kind != INTEGER for f in formats):
-        raise CompileError("learn_rounding learns integer codes only", hint="choose formats such as w3g64")
+    fixed = [f.name for f in formats if f.kind not in LEARNABLE]
+    if choices.learn_rounding and fixed:
+        raise CompileError(
+            f"learn_rounding does not learn {', '.join(fixed)}",
+            hint=f"it learns {' and '.join(sorted(LEARNABLE))} codes, in formats such as w3g64",
+        )
+    if choices.distill and any(f.kind != INTEGER for f in formats):
+        raise CompileError("distill moves the scales of integer codes", hint="choose formats such as w3g64")
+
+
+def incoherence_of(choices: Choices) -> tuple[Incoherence, ...]:
+    """The pass that makes weights incoherent, or nothing. Raises CompileError for wrong options."""
+    quip = choices.quantizer.partition(":")[0] == Quip.name
+    wanted = choices.incoherence or ("kronecker" if quip else "none")
+    if wanted == "none":
+        return ()
+    kind, *options = wanted.split(":")
+    if choices.rotate:
+        raise CompileError(
+            "rotate and incoherence both turn the weights, each in its own way",
+            hint="leave out --rotate, or write --incoherence none and another --quantizer than quip",
+        )
+    found = Incoherence(**{"kind": kind, **options_of("incoherence", Incoherence, options)})
+    if found.rescale and not make_quantizer(choices.quantizer).needs_gram:
+        raise CompileError(
+            f"rescale needs the Gram matrices, which {choices.quantizer} does without",
+            hint="leave it out, or quantize with gptq or quip",
+        )
+    return (found,)
+
+
+def awq_of(choices: Choices) -> tuple[Awq, ...]:
+    """AWQ's scales for the narrowest grid that a linear may get, or nothing.
+
+    Raises CompileError where no format is a grid.
+    """
+    own = choices.quantizer.partition(":")[0] == Awq.name
+    wanted = own if choices.awq_scales is None else choices.awq_scales
+    if not wanted:
+        return ()
+    grids = [f for f in parse_formats(choices.block) if f.kind == INTEGER]
+    if not grids:
+        raise CompileError("awq scales for integer codes", hint="leave out --awq-scales, or choose w3g64")
+    return (Awq(min(grids).name, keep_qk_range=own),)
+
+
+def _activations_of(choices: Choices, emitter: str) -> tuple[QuantizeActivations, ...]:
+    if not choices.activations:
+        return ()
+    format_ = parse_activations(choices.activations)
+    if emitter not in RUN_ACTIVATIONS:
+        raise CompileError(
+            f"the emitter {emitter} runs no activations of {format_.bits} bits",
+            hint=f"{' and '.join(RUN_ACTIVATIONS)} does; or leave out --activations",
+        )
+    return (QuantizeActivations(choices.activations),)
 
 
 def default_pipeline(
@@ -104,12 +175,12 @@ def default_pipeline(
     unknown strategy or emitter, or for options that the strategy lacks.
     """
     strategy = strategy_of(choices)
-    if emitter not in LEGALIZERS:
+    if emitter not in (*LEGALIZERS, NO_EMITTER):
         raise CompileError(f"no emitter {emitter!r}", hint=f"there are {', '.join(LEGALIZERS)}")
     how = (choices.quantizer, choices.clip, choices.act_order, choices.damping)
-    if choices.learn_rounding and choices.inputs != "full":
+    if (choices.learn_rounding or choices.distill) and choices.inputs != "full":
         raise CompileError(
-            "learn_rounding starts from the candidates, which have full-precision inputs",
+            "what is learnt starts from the candidates, which have full-precision inputs",
             hint="leave out --inputs quantized: learning reads what quantized blocks put out anyway",
         )
     _check_kinds(choices)
@@ -119,6 +190,7 @@ def default_pipeline(
             "gradients are those of the full-precision model: guided needs its inputs",
             hint="leave out --inputs quantized or --guided",
         )
+    incoherence = incoherence_of(choices)
     needs_gram = make_quantizer(choices.quantizer).needs_gram
     return (
         # the program as a person would write it
@@ -126,18 +198,23 @@ def default_pipeline(
         RaisePatterns(),
         # the same function with weights that are easier to quantize
         *((FoldNorms(), Rotate()) if choices.rotate else ()),
+        *((SmoothQuant(choices.smooth_alpha),) if choices.smooth_quant else ()),
+        *awq_of(choices),
         InsertKvCache(),
         KeepPrecision(),
         *(() if compiler else (SplitRows(),)),
         # what each weight would lose in each format
         *((collect,) if needs_gram else ()),
+        *incoherence,
         Candidates(choices.block, choices.table, *how, compiler=compiler),
         strategy,
         # the choice, and its execution; everything above is the same for every budget
         Allocate(tie=choices.tie, extra_bytes=extra_bytes),
         *refine_of(choices, extra_bytes),
         *((LearnRounding(),) if choices.learn_rounding else ()),
+        *((Distill(),) if choices.distill else ()),
         Quantize(choices.inputs, *how),
+        *_activations_of(choices, emitter),
         # the form that the emitter writes
-        LEGALIZERS[emitter](),
+        *(() if emitter == NO_EMITTER else (LEGALIZERS[emitter](),)),
     )

@@ -137,6 +137,7 @@ def limit_of(budget: Budget, module: Module, target: Target, extra_bytes: int = 
         )
     if budget.kind in (PAYLOAD, TRUE):
         per = Fraction(block)
+        fixed = cost.serving_bits(module) if budget.kind == TRUE else 0
     if budget.kind == SIZE:
         floats = (w for name, w in module.weights.items() if name not in weights)
         fixed = extra_bytes + sum(cost.weight_cost(w, (), module, target).bytes for w in floats)

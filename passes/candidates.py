@@ -10,8 +10,8 @@ the artifact is made of them, so another budget quantizes nothing again. Weights
 input are stacked and share one sweep; memory holds one such stack.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +21,7 @@ from gammac.cache import key_of
 from gammac.diagnostics import CompileError, Diagnostic
 from gammac.formats import Format, parse_formats
 from gammac.ir import Module, Weight
-from gammac.passes.quantizers import Quantizer, make_quantizer, output_error
+from gammac.passes.quantizers import Gptq, Quantizer, Quip, make_quantizer, output_error
 from gammac.pipeline import Context, Invariant
 
 
@@ -54,14 +54,15 @@ class Candidates:
         quantizer = make_quantizer(
             self.quantizer, clip=self.clip, act_order=self.act_order, damping=self.damping
         )
-        stacks = list(_stacks(module, quantizer).values())
+        stacks = list(_stacks(module, quantizer, parse_formats(self.block)).values())
         found: dict[str, dict[str, Any]] = {}
         for stack in ctx.progress(stacks, f"quantizing ({self.quantizer})"):
             formats = self.formats_for(stack[0], ctx)
             names = "+".join(f.name for f in formats)
             key = key_of(
-                self.name, repr(quantizer), names, *(w.digest for w in stack), _gram_digest(stack[0])
-            )
+                self.name, repr(quantizer_for(stack[0], quantizer)), names,
+                *(w.digest for w in stack), _gram_digest(stack[0]),
+            )  # fmt: skip
 
             def compute(stack: list[Weight] = stack, formats: tuple[Format, ...] = formats) -> dict[str, Any]:
                 return quantize_stack(stack, formats, quantizer, ctx)
@@ -94,13 +95,15 @@ class Candidates:
         return usable
 
 
-def _stacks(module: Module, quantizer: Quantizer) -> dict[str, list[Weight]]:
-    """Weights that read the same input, by the digest of its Gram matrix; others stand alone."""
+def _stacks(module: Module, quantizer: Quantizer, formats: Sequence[Format]) -> dict[str, list[Weight]]:
+    """Weights that read the same input and are clipped alike; others stand alone."""
     stacks: dict[str, list[Weight]] = {}
+    stackable = quantizer.stacks and all(f.by_rows for f in formats)
     for weight in module.weights.values():
         if "role" in weight.attrs:
-            alone = weight.attrs["role"] == "table" or "gram" not in weight.attrs or not quantizer.stacks
-            stacks.setdefault(weight.name if alone else str(weight.attrs["gram"]), []).append(weight)
+            alone = weight.attrs["role"] == "table" or "gram" not in weight.attrs or not stackable
+            key = f"{weight.attrs.get('gram')} {weight.attrs.get('clip', '')}"
+            stacks.setdefault(weight.name if alone else key, []).append(weight)
     return stacks
 
 
@@ -113,6 +116,12 @@ def gram_of(weight: Weight, ctx: Context) -> Tensor | None:
     return ctx.store.tensor(_gram_digest(weight)) if "gram" in weight.attrs else None
 
 
+def quantizer_for(weight: Weight, quantizer: Quantizer) -> Quantizer:
+    """The quantizer as a weight wants it: what the weight's own `clip` says stands over the option."""
+    clip, fields = weight.attrs.get("clip"), getattr(quantizer, "__dataclass_fields__", {})
+    return replace(quantizer, clip=clip) if clip and "clip" in fields else quantizer  # type: ignore[type-var]
+
+
 def quantize_stack(
     stack: list[Weight],
     formats: tuple[Format, ...],
@@ -123,9 +132,13 @@ def quantize_stack(
     """Weight name → digests and errors by format."""
     floats = [ctx.store.tensor(w.digest) for w in stack]
     gram = gram_of(stack[0], ctx) if gram is None else gram
+    quantizer = quantizer_for(stack[0], quantizer)
     foreign = stack[0].attrs["role"] == "table" and {f.kind for f in formats} - set(quantizer.kinds)
     if foreign or (gram is None and quantizer.needs_gram):
         quantizer = make_quantizer("rtn")  # an embedding that no linear reads has no inputs to weigh
+    if isinstance(quantizer, Quip) and stack[0].attrs["role"] == "table":
+        # nobody makes tables incoherent, and quip's range would cut off what stands out there
+        quantizer = Gptq(act_order=quantizer.act_order, damping=quantizer.damping)
     results = quantizer.quantize(torch.cat(floats), gram, formats)
     found: dict[str, Any] = {w.name: {"candidates": {}, "errors": {}} for w in stack}
     for format_, whole in zip(formats, results, strict=True):

@@ -18,11 +18,15 @@ def randomized(size: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     found = hadamard(size)
     if found is None:
-        gaussian = torch.randn(size, size, generator=generator, dtype=torch.float64)
-        factors = torch.linalg.qr(gaussian)
-        return torch.mul(factors.Q, factors.R.diagonal().sign())
+        return random_orthogonal(size, generator)
     signs = torch.randint(0, 2, (size,), generator=generator, dtype=torch.float64) * 2 - 1
     return torch.mul(signs[:, None], found / size**0.5)
+
+
+def random_orthogonal(size: int, generator: torch.Generator) -> Tensor:
+    """An orthogonal matrix f64 [size, size], none likelier than another."""
+    factors = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+    return torch.mul(factors.Q, factors.R.diagonal().sign())
 
 
 @cache

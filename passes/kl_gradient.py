@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from gammac.calibration import LinearGradient, SegmentWeights, Stream, backward, run_up_to_last
+from gammac.calibration import LinearGradient, SegmentWeights, Stream, backward, run_segment
 from gammac.ir import Module, Value
 from gammac.ir.interpret import run_ops
 from gammac.passes.sensitivity.scores import candidates_of
@@ -31,7 +31,9 @@ class KlGradient:
     def __init__(self, module: Module, tokens: Tensor, ctx: Context) -> None:
         self.module, self.tokens, self.ctx = module, tokens, ctx
         self.reference = Stream(module.functions["forward"], tokens)
-        run_up_to_last(module, self.reference, ctx.store, ctx.progress, "full precision")
+        self.reference.start()
+        for index in ctx.progress(range(len(self.reference.segments) - 1), "full precision"):
+            run_segment(module, self.reference, ctx.store, lambda *_: None, index)
         self.head = SegmentWeights(module, ctx.store)
 
     @property

@@ -4,7 +4,7 @@ import dataclasses
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from gammac.diagnostics import CompileError
@@ -43,17 +43,22 @@ def make_pass(name: str, options: str, table: Mapping[str, type[Pass]], what: st
     if name not in table:
         raise CompileError(f"no {what} {name!r}", hint=f"there are {', '.join(table)}")
     kind: Any = table[name]
+    made: Pass = kind(**options_of(name, kind, options.split(",")))
+    return made
+
+
+def options_of(name: str, kind: Any, options: Iterable[str]) -> dict[str, Any]:
+    """`option=value` texts as fields of the dataclass `kind`. Raises CompileError naming the known ones."""
     hints = typing.get_type_hints(kind)
     fields = {f.name: hints[f.name] for f in dataclasses.fields(kind)}
     given: dict[str, Any] = {}
-    for part in filter(None, (p.strip() for p in options.split(","))):
+    for part in filter(None, (p.strip() for p in options)):
         key, equals, value = part.partition("=")
         if key not in fields or not equals:
             known = ", ".join(fields) or "none"
             raise CompileError(f"{name}: no option {part!r}", hint=f"the options of {name}: {known}")
         given[key] = _convert(name, key, value, fields[key])
-    made: Pass = kind(**given)
-    return made
+    return given
 
 
 def _convert(name: str, key: str, value: str, wanted: Any) -> Any:

@@ -80,7 +80,7 @@ def _cut(weight: Weight, count: int, store: WeightStore) -> list[Weight]:
     parts = []
     for index, rows in enumerate(store.tensor(weight.digest).tensor_split(count)):
         type_ = weight.type.with_shape(*rows.shape)
-        attrs = {k: v for k, v in weight.attrs.items() if k == "role"} | {"part": index}
+        attrs = {k: v for k, v in weight.attrs.items() if k in ("role", "clip")} | {"part": index}
         name = f"{weight.name}.part{index}"
         parts.append(Weight(name, type_, store.put({"data": rows.clone()}), attrs))
     return parts

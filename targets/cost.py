@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from typing import Final
 
 from gammac.diagnostics import CompileError
-from gammac.formats import Format, IntegerFormat, parse_format
+from gammac.formats import DualBinaryFormat, Format, IntegerFormat, parse_format
 from gammac.ir import Function, Module, Op, TensorType, Weight, WeightRef
 from gammac.ir.types import BYTES, evaluate
 from gammac.targets.target import BLOCK, Kernel, Target
 
 CONTEXT: Final = 512  # positions in the cache while decoding, and tokens of a prefill
 FLOAT_BYTES: Final = 4  # artifacts keep what is not quantized in f32
-STRIP_ROWS, CHUNK_COLUMNS = 4, 64  # MatMulAnyBits pads to these
+ANY_BITS: Final = "MatMulAnyBits"
+STRIP_ROWS, CHUNK_COLUMNS = 4, 64  # it pads to these
 
 Formats = Mapping[str, str]
 Sizes = dict[str, int]
@@ -42,7 +43,7 @@ class Cost:
     """A whole module. The three bits are means a weight; see `weight_costs` for the parts."""
 
     payload_bits: float  # over the block linears, codes alone
-    true_bits: float  # over the block linears, scales and zero points included
+    true_bits: float  # over the block linears, scales, zero points and whatever serves them included
     whole_model_bits: float  # of the artifact, over all parameters
     bytes: int
     decode_seconds: float  # one token behind CONTEXT others
@@ -66,10 +67,12 @@ def stored_bytes(rows: int, columns: int, format_: Format, target: Target, role:
     """
     kernel = kernel_of(format_, columns, target, role)
     fitted = format_.fit(columns)
+    if isinstance(fitted, DualBinaryFormat) and kernel.op == ANY_BITS:
+        return 2 * _any_bits_bytes(rows, columns, fitted.plane, fitted.groups(columns), kernel.scale_bytes)
     if not isinstance(fitted, IntegerFormat):
         return _ceil(fitted.storage_bits(rows, columns), 8)
     groups = fitted.groups(columns)
-    if kernel.op == "MatMulAnyBits":
+    if kernel.op == ANY_BITS:
         return _any_bits_bytes(rows, columns, fitted, groups, kernel.scale_bytes)
     codes = rows * groups * _ceil(fitted.inputs_per_scale(columns) * fitted.bits, 8)
     zeros = 0 if fitted.symmetric else rows * _ceil(groups * fitted.bits, 8)
@@ -148,6 +151,8 @@ def op_seconds(op: Op, module: Module, target: Target, sizes: Sizes, formats: Fo
     if op.name in ("attention", "gqa"):
         return overhead(op.name, target) + _attention_seconds(op, target, sizes)
     call = overhead(op.name, target)
+    if op.name == "matmul":
+        call += _multiplying(op, sizes) / (target.float_gflops * target.threads * 1e9)
     # an op that is folded into another moves nothing either; an embedding reads a row a token
     moved = op.results if op.name == "embedding" else (*op.operands, *op.results) if call else ()
     return call + sum(_bytes(v.type, sizes) for v in moved) / target.bandwidth
@@ -161,6 +166,11 @@ def _attention_seconds(op: Op, target: Target, sizes: Sizes) -> float:
     reading = FLOAT_BYTES * cache / (target.attention_gbps * target.threads * 1e9)
     # each query element meets `total` keys and as many values
     return max(reading, 4 * queries * total / (target.attention_gflops * target.threads * 1e9))
+
+
+def _multiplying(op: Op, sizes: Sizes) -> int:
+    """Operations of a matmul."""
+    return 2 * _numel(op.result.type, sizes) * evaluate(op.operands[0].type.shape[-1], sizes)
 
 
 def _numel(type_: TensorType, sizes: Sizes) -> int:
@@ -237,13 +247,19 @@ def module_cost(module: Module, target: Target, formats: Formats | None = None, 
     total = sum(r.bytes for r in rows) + extra_bytes
     return Cost(
         payload_bits=sum(r.payload_bits for r in blocks) / over,
-        true_bits=sum(r.storage_bits for r in blocks) / over,
+        true_bits=(sum(r.storage_bits for r in blocks) + serving_bits(module)) / over,
         whole_model_bits=8 * total / max(1, sum(r.numel for r in rows)),
         bytes=total,
         decode_seconds=_seconds(module, decode_function(module), target, formats),
         prefill_seconds=_seconds(module, prefill_function(module), target, formats),
         peak_bytes=_peak_bytes(module, target, formats) + extra_bytes,
     )
+
+
+def serving_bits(module: Module) -> int:
+    """What floats that exist for the blocks' linears alone take: factors of incoherence, scales of inputs."""
+    serving = (w for w in module.weights.values() if w.attrs.get("serves") == BLOCK)
+    return sum(8 * float_bytes(w.type) for w in serving)
 
 
 def _seconds(

@@ -18,6 +18,9 @@ from gammac.formats import CHANNEL, FALLBACK_GROUPS, INTEGER, Format, IntegerFor
 BLOCK: Final = "block"
 TABLE: Final = "table"
 HOST: Final = "cpu"
+ANY: Final = "any"  # kind of formats of a kernel that runs them all, whatever its bits and groups
+NO_EMITTER: Final = "none"  # of a target for what needs no artifact
+REFERENCE: Final = "reference"  # such a target, which gammac ships
 # what a processor must have for a target; the first that fits is this machine's
 HOSTS: Final = (
     ("cpu-x86-avx512", {"avx512_vnni", "avx512vbmi"}),
@@ -50,6 +53,8 @@ class Kernel:
 
     def runs(self, format_: Format) -> bool:
         """Whether this operator is fast for a format."""
+        if self.kind == ANY:
+            return True
         if format_.kind != self.kind or format_.bits not in self.bits or format_.group not in self.groups:
             return False
         if isinstance(format_, IntegerFormat):
@@ -110,6 +115,11 @@ class Target:
         rows = (k for k in self.kernels if k.role == role and k.runs(fitted))
         return next((k for k in rows if compiler or not k.needs_compiler), None)
 
+    def kinds(self, role: str, *, compiler: bool) -> frozenset[str]:
+        """The kinds of formats that it runs fast."""
+        rows = (k for k in self.kernels if k.role == role and (compiler or not k.needs_compiler))
+        return frozenset(k.kind for k in rows)
+
     def fit(self, format_: Format, role: str, in_features: int, *, compiler: bool = True) -> Format | None:
         """The format, or the next smaller group, or one scale a row, that divides the row and runs fast."""
         smaller = [g for g in FALLBACK_GROUPS if not format_.group or g < format_.group]
@@ -125,7 +135,9 @@ class Target:
         found = {
             IntegerFormat(int(bits), group, symmetric)
             for kernel in self.kernels
-            if (kernel.role, kernel.kind) == (role, INTEGER) and (compiler or not kernel.needs_compiler)
+            if kernel.role == role
+            and kernel.kind in (INTEGER, ANY)
+            and (compiler or not kernel.needs_compiler)
             for bits in kernel.bits
             for group in kernel.groups
             if group == CHANNEL or in_features % group == 0

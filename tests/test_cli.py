@@ -78,6 +78,38 @@ def test_everything_that_helps_few_bits_together(gammac: Run, tmp_path: Path) ->
     assert text.exit_code == 0 and text.stdout.strip()
 
 
+def test_weights_and_activations_of_eight_bits(gammac: Run, tmp_path: Path) -> None:
+    said = gammac(
+        "compile", "tiny", "--smooth-quant", "--activations", "a8", "--quantizer", "rtn",
+        "--strategy", "uniform", "-o", tmp_path / "out", *QUICK,
+    )  # fmt: skip
+    assert said.exit_code == 0, said.output
+    assert "payload 8.000 bits" in said.output and "read activations of 8 bits" in said.output
+    module = parse((tmp_path / "out" / "module.gir").read_text())
+    rounded = [op for op in module.functions["decode"].ops if op.name == "fake_quantize"]
+    assert len(rounded) == 20 and all(op.attrs == {"bits": 8} for op in rounded)
+    formats = {w.attrs["stored"] for w in module.weights.values() if w.attrs.get("role") == "block"}
+    assert formats == {"w8channel-sym"}
+    text = gammac("run", tmp_path / "out", "--prompt", "The history of", "--max-new-tokens", 8)
+    assert text.exit_code == 0 and text.stdout.strip()
+
+
+def test_awq_from_the_command_line(gammac: Run, tmp_path: Path) -> None:
+    said = gammac(
+        "compile", "tiny", "--quantizer", "awq", "--formats", "w3g64", "--strategy", "uniform",
+        "-o", tmp_path / "out", "--dump-ir", tmp_path / "ir", *QUICK,
+    )  # fmt: skip
+    assert said.exit_code == 0, said.output
+    (dump,) = (tmp_path / "ir").glob("*-awq.gir")
+    weights = parse(dump.read_text()).weights
+    scaled = [w.attrs["awq"] for w in weights.values() if "awq" in w.attrs]
+    assert len(scaled) == 30 and any(one["alpha"] > 0 for one in scaled)  # type: ignore[index,operator,call-overload]
+    clips = {n.split(".")[-2] for n, w in weights.items() if w.attrs.get("clip") == "none"}
+    assert clips == {"q_proj", "k_proj"}
+    estimate = gammac("compile", "tiny", "--quantizer", "awq", "--smooth-quant", "--dry-run", "-o", "x")
+    assert estimate.exit_code == 0, estimate.output
+
+
 def test_the_artifact_keeps_its_promises(artifact: Path) -> None:
     manifest = json.loads((artifact / "manifest.json").read_text())
     assert manifest["payload_bits"] <= 3.0
@@ -249,6 +281,8 @@ def test_lists(gammac: Run) -> None:
         (["--budget", "-3"], ["-3"]),
         (["--formats", "w9g64"], ["w9g64", "write w4g64"]),
         (["--quantizer", "awq2"], ["no quantizer 'awq2'", "gptq"]),
+        (["--activations", "a9"], ["'a9' is no activation format", "a8token"]),
+        (["--smooth-quant", "--smooth-alpha", "2"], ["alpha=2.0", "between 0 and 1"]),
         (["--strategy", "gama"], ["no strategy 'gama'", "fisher"]),
         (["--strategy", "fisher{window=3}"], ["fisher: no option 'window=3'", "windows"]),
         (["--calibration", "nowhere.txt"], ["nowhere.txt can't be read"]),

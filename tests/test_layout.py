@@ -32,6 +32,7 @@ LAYERS = [
     ["gammac.sweep"],
     ["gammac.sweep_report"],
     ["gammac.plots"],
+    ["gammac.study"],
     ["gammac.tables"],
     ["gammac.cli", "gammac.__main__"],
 ]

@@ -16,7 +16,8 @@ from gammac.ir import Module, to_text
 from gammac.passes import Choices, default_pipeline
 from gammac.passes.allocate import Allocate
 from gammac.passes.candidates import Candidates
-from gammac.passes.finetune.learn_rounding import Latents, LearnRounding
+from gammac.passes.finetune import LearnRounding
+from gammac.passes.finetune.latents import latents_of
 from gammac.passes.kl_gradient import KlGradient
 from gammac.passes.quantize import Quantize
 from gammac.passes.quantizers import make_quantizer
@@ -39,7 +40,7 @@ def test_latents_begin_at_the_quantizers_codes(name: str, quantizer: str) -> Non
     generator = torch.Generator().manual_seed(0)
     weight, x = torch.randn(24, 64, generator=generator), torch.randn(200, 64, generator=generator)
     (start,) = make_quantizer(quantizer).quantize(weight, x.T @ x / 200, (parse_format(name),))
-    found = Latents(weight, start).quantized()
+    found = latents_of(weight, start).quantized()
     assert torch.equal(found.codes, start.codes) and torch.equal(found.scales, start.scales)
     assert found.zeros is start.zeros and found.format == start.format
 
@@ -49,9 +50,9 @@ def test_a_step_lowers_a_quadratic_loss() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(16, 64, generator=generator)
     (start,) = make_quantizer("rtn").quantize(weight, None, (parse_format("w3g32"),))
-    moved = dataclasses.replace(start, codes=(start.codes + 1).clamp(max=7))
+    moved = Quantized(start.format, {**start.parts, "codes": (start.codes + 1).clamp(max=7)})
     target = 1.02 * moved.dequantize()
-    latents, losses = Latents(weight, start), []
+    latents, losses = latents_of(weight, start), []
     for step in range(100):
         error = latents.quantized().dequantize() - target
         losses.append(float(error.square().sum()))

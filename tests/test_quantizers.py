@@ -1,4 +1,4 @@
-"""Every quantizer over every kind of format: being registered means being tested."""
+"""Quantizers of integer codes: being registered means being tested. Others: test_code_quantizers.py."""
 
 import pytest
 import torch
@@ -22,7 +22,6 @@ NAMES = [
     "w8g32",
     "w8channel-sym",
 ]
-
 ON_GRIDS = [name for name, quantizer in QUANTIZERS.items() if INTEGER in quantizer.kinds]
 
 
@@ -47,7 +46,8 @@ def test_codes_fit_the_format(quantizer: str, name: str) -> None:
     assert found.zeros is None or int(found.zeros.max()) <= format_.levels
 
 
-@pytest.mark.parametrize("quantizer", ON_GRIDS)
+# quip's range is a multiple of the root mean square, whatever grid the weights lie on
+@pytest.mark.parametrize("quantizer", [q for q in ON_GRIDS if q != "quip"])
 def test_what_lies_on_the_grid_comes_back_unchanged(quantizer: str) -> None:
     weight, gram = problem()
     # min-max on a grid that uses its whole range in every group is that grid again

@@ -1,7 +1,7 @@
 """`gammac compile`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -11,6 +11,13 @@ from gammac.cli.options import request_of, shared_options
 if TYPE_CHECKING:
     from gammac.driver import Compiled, Plan
     from gammac.pipeline import Step
+
+
+# fields of Choices that sweep does not let choose
+CHOSEN: Final = (
+    "strategy", "inputs", "learn_rounding", "distill", "smooth_quant", "smooth_alpha", "activations",
+)  # fmt: skip
+BUDGET: Final = "3"
 
 
 class StrategyOption(click.Option):
@@ -30,11 +37,15 @@ class StrategyOption(click.Option):
     "--budget",
     "budgets",
     multiple=True,
-    default=("3",),
-    show_default=True,
-    help="3 (payload bits), 3bpw (true bits), 80MB, 12ms/token; several hold together.",
+    help="3 (payload bits; the default), 3bpw (true bits), 80MB, 12ms/token; several hold together.",
 )
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The artifact's folder.")
+@click.option(
+    "--recipe",
+    type=click.Choice(["fast", "balanced", "best"]),
+    help="Options that go well together: fast (fisher), balanced (gamma, the defaults), best (gamma on "
+    "guided Gram matrices, then learned rounding and distillation). What you choose yourself holds.",
+)
 @click.option("--strategy", cls=StrategyOption, default="gamma", show_default=True)
 @click.option(
     "--inputs",
@@ -48,6 +59,25 @@ class StrategyOption(click.Option):
     default=False,
     show_default=True,
     help="Learn codes and scales block by block behind the allocation: minutes, and worth them at few bits.",
+)
+@click.option(
+    "--distill/--no-distill",
+    default=False,
+    show_default=True,
+    help="Then learn scales and norms end to end from full precision's predictions.",
+)
+@click.option(
+    "--smooth-quant/--no-smooth-quant",
+    default=False,
+    show_default=True,
+    help="Hand the outliers of activations over to the weights, for --activations.",
+)
+@click.option("--smooth-alpha", default=0.85, show_default=True, help="How much of them: 0 to 1.")
+@click.option(
+    "--activations",
+    default="",
+    help="Round what linears read: a8 (a step a token) or a8tensor (one step), 2 to 8 bits. Weights get as "
+    "many, one scale a row, unless --formats or --budget says otherwise.",
 )
 @shared_options
 @click.option("--seed", default=0, show_default=True)
@@ -64,15 +94,20 @@ def compile_command(**options: Any) -> None:
     from gammac.runtime.staging import check_writable
 
     check_writable(options["out"], not options["keep_existing"])
-    chosen = {name: options[name] for name in ("strategy", "inputs", "learn_rounding")}
-    request = request_of(options, "+".join(options["budgets"]), options["seed"], **chosen)
+    _follow_recipe(options)
+    chosen = {name: options[name] for name in CHOSEN}
+    budget = "+".join(options["budgets"]) or _default_budget(options)
+    request = request_of(options, budget, options["seed"], **chosen)
     with ERR.status("capturing the model"):
         plan = make_plan(request, options["cache"])
-    if options["dry_run"]:
+    if options["dry_run"] or options["recipe"]:
         from gammac.dryrun import estimate
 
-        OUT.print(tables.estimate(plan, estimate(plan)))
-        return
+        found = estimate(plan)
+        if options["dry_run"]:
+            OUT.print(tables.estimate(plan, found))
+            return
+        OUT.print(f"recipe {options['recipe']}: {tables.expected_time(found)}", highlight=False)
     observers = [_dumper(options["dump_ir"])] if options["dump_ir"] else []
     compiled = compile_model(
         plan,
@@ -84,6 +119,25 @@ def compile_command(**options: Any) -> None:
     if options["timings"]:
         OUT.print(tables.timings(compiled.steps))
     _print_compiled(plan, compiled)
+
+
+def _follow_recipe(options: dict[str, Any]) -> None:
+    """Set what the recipe says where the user said nothing."""
+    from gammac.passes.recipes import RECIPES
+
+    context = click.get_current_context()
+    for name, value in RECIPES[options["recipe"]].items() if options["recipe"] else ():
+        if context.get_parameter_source(name) == click.core.ParameterSource.DEFAULT:
+            options[name] = value
+
+
+def _default_budget(options: dict[str, Any]) -> str:
+    """As many bits as activations have, where formats follow from them."""
+    from gammac.passes.quantize_activations import parse_activations
+
+    if options["formats"] or not options["activations"]:
+        return BUDGET
+    return str(parse_activations(options["activations"]).bits)
 
 
 def _dumper(folder: Path) -> Any:

@@ -27,7 +27,13 @@ OPTIONS: Final = (
         help="Group size where --formats is not given: 32, 64, 96, 128, channel.",
     ),
     click.option("--symmetric", is_flag=True, help="No zero points, where --formats is not given."),
-    click.option("--quantizer", default="gptq", show_default=True, help="gptq or rtn."),
+    click.option(
+        "--quantizer",
+        default="gptq",
+        show_default=True,
+        help="gptq, rtn, awq or quip for integers; nf, db_llm, pb_llm, billm for formats of their own. "
+        "Options as in quip:greedy=9.",
+    ),
     click.option(
         "--clip",
         type=click.Choice(["mse", "none"]),
@@ -53,6 +59,16 @@ OPTIONS: Final = (
         default=False,
         show_default=True,
         help="Rotate the residual stream and the heads' values first: few weights stand out then.",
+    ),
+    click.option(
+        "--incoherence",
+        help="Turn each linear by random orthogonal matrices that the artifact multiplies by: kronecker, "
+        "hadamard or none (default: kronecker with quip); options as in kronecker:rescale=on.",
+    ),
+    click.option(
+        "--awq-scales/--no-awq-scales",
+        default=None,
+        help="Scale channels by what they carry, for the narrowest of the formats (default: with awq).",
     ),
     click.option(
         "--tie/--no-tie",
@@ -92,11 +108,15 @@ def request_of(options: Mapping[str, Any], budget: str, seed: int, **chosen: Any
     """What a user asks for; `chosen` are fields of Choices that only one command lets choose."""
     from gammac.driver import Request
     from gammac.passes import Choices
+    from gammac.passes.quantize_activations import parse_activations
 
     group = options["group_size"] if options["group_size"] == "channel" else f"g{options['group_size']}"
     suffix = "-sym" if options["symmetric"] else ""
-    block = options["formats"] or ",".join(f"w{bits}{group}{suffix}" for bits in (2, 3, 4, 8))
-    same = ("quantizer", "clip", "act_order", "damping", "tie", "refine", "rotate", "guided")
+    every = ",".join(f"w{bits}{group}{suffix}" for bits in (2, 3, 4, 8))
+    activations = chosen.get("activations")
+    block = options["formats"] or (parse_activations(activations).weights if activations else every)
+    same = ("quantizer", "clip", "act_order", "damping", "tie", "refine", "rotate", "guided", "awq_scales",
+            "incoherence")  # fmt: skip
     choices = Choices(
         "+".join(block.split(",")),
         "+".join(options["table_formats"].split(",")),

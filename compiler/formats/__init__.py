@@ -3,6 +3,11 @@
     w3g64          3-bit codes, one f16 scale and one 3-bit zero point for each 64 inputs of a row
     w4g32-sym      4-bit codes, one f16 scale for each 32 inputs; the zero point is the midpoint, 8
     w4channel      one scale and zero point a row
+    nf4g64         codes that name quantiles of a normal distribution, one f16 scale for each 64 inputs
+    nf4g64-dq      the same with quantized scales
+    fdb2g64        two binary planes, an f16 scale for each of them and for each 64 inputs
+    pb1.7g128      a tenth of the weights in 8 bits, the others binary; a bitmap says which
+    bi1.1g128      binary with a second bit: a residual's sign in salient columns, elsewhere one of two scales
     tcq2           2 bits a weight, read through a trellis of 2¹² states; one f16 scale a row
 
 `dequantize` and the count of stored bits stand here and nowhere else.
@@ -17,19 +22,32 @@ from gammac.formats.base import (
     concat_rows,
     spread,
 )
+from gammac.formats.binary_residual import BINARY_RESIDUAL, BinaryResidualFormat
+from gammac.formats.dual_binary import DUAL_BINARY, DualBinaryFormat
 from gammac.formats.integer import INTEGER, IntegerFormat
 from gammac.formats.names import parse_format, parse_formats
+from gammac.formats.normal_float import NORMAL_FLOAT, DoubleNormalFloat, NormalFloat
+from gammac.formats.partly_binary import PARTLY_BINARY, PartlyBinaryFormat
 from gammac.formats.stored import load_float, load_quantized, stored_format
 from gammac.formats.trellis import TRELLIS, TrellisFormat, code_values, tile_bounds
 
 __all__ = [
+    "BINARY_RESIDUAL",
     "CHANNEL",
+    "DUAL_BINARY",
     "FALLBACK_GROUPS",
     "INTEGER",
+    "NORMAL_FLOAT",
+    "PARTLY_BINARY",
     "SCALE_BITS",
     "TRELLIS",
+    "BinaryResidualFormat",
+    "DoubleNormalFloat",
+    "DualBinaryFormat",
     "Format",
     "IntegerFormat",
+    "NormalFloat",
+    "PartlyBinaryFormat",
     "Quantized",
     "TrellisFormat",
     "code_values",

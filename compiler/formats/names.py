@@ -6,7 +6,11 @@ from typing import Final
 
 from gammac.diagnostics import CompileError
 from gammac.formats.base import CHANNEL, Format
+from gammac.formats.binary_residual import BinaryResidualFormat
+from gammac.formats.dual_binary import DualBinaryFormat
 from gammac.formats.integer import IntegerFormat
+from gammac.formats.normal_float import DoubleNormalFloat, NormalFloat
+from gammac.formats.partly_binary import PartlyBinaryFormat
 from gammac.formats.trellis import STATE_BITS, TrellisFormat
 
 # pattern → format; what `(?P<group>…)` matched is read as a group size
@@ -14,12 +18,21 @@ GROUP: Final = r"(?:g(?P<group>\d+)|channel)"
 Found = re.Match[str]
 SPELLINGS: Final[Sequence[tuple[str, Callable[[Found, int], Format]]]] = (
     (rf"w([1-8]){GROUP}(-sym)?", lambda m, group: IntegerFormat(int(m[1]), group, bool(m[3]))),
+    (rf"nf([234]){GROUP}", lambda m, group: NormalFloat(int(m[1]), group)),
+    (rf"nf([234]){GROUP}-dq", lambda m, group: DoubleNormalFloat(int(m[1]), group)),
+    (rf"fdb2{GROUP}", lambda m, group: DualBinaryFormat(group)),
+    (rf"pb([1-7](?:\.\d+)?){GROUP}", lambda m, group: PartlyBinaryFormat(float(m[1]), group)),
+    (rf"bi(1\.\d+){GROUP}", lambda m, group: BinaryResidualFormat(float(m[1]), group)),
     (
         r"tcq([1-4])(?:g(?P<group>\d+))?(?:-l([89]|1[0-6]))?",
         lambda m, group: TrellisFormat(int(m[1]), group, int(m[3] or STATE_BITS)),
     ),
 )
-EXAMPLES: Final = "w4g64, w3g128-sym or w8channel (bits 1 to 8), tcq2 or tcq3-l10 (1 to 4)"
+EXAMPLES: Final = (
+    "w4g64, w3g128-sym or w8channel (bits 1 to 8); "
+    "or nf4g64 or nf4g64-dq (bits 2 to 4), fdb2g64, pb1.7g128, bi1.1g128, "
+    "tcq2 or tcq3-l10 (bits 1 to 4)"
+)
 
 
 def parse_format(text: str) -> Format:

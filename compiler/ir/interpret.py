@@ -105,6 +105,19 @@ for _name, _function in _PLAIN.items():
     _plain(_name, _function)
 
 
+# below it nothing is left of an input; the step of a token of zeros must not be zero
+SMALLEST_MAGNITUDE: Final = 1e-5
+
+
+@_kernel
+def _fake_quantize(attrs: Any, sizes: Any, x: Tensor) -> Tensor:
+    top = 2 ** (attrs["bits"] - 1) - 1
+    step = attrs.get("scale")
+    if step is None:
+        step = x.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_MAGNITUDE) / top
+    return (x / step).round().clamp(-top, top) * step
+
+
 @_kernel
 def _rms_norm(attrs: Any, sizes: Any, x: Tensor, weight: Tensor) -> Tensor:
     return F.rms_norm(x, weight.shape, weight, attrs["eps"])

@@ -7,6 +7,7 @@ that an op computes in) is allowed everywhere.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -125,6 +126,17 @@ def embedding(ids: TensorType, weight: TensorType) -> Types:
     _require(ids.dtype in ("i64", "i32"), f"ids are integers, not {ids}")
     _require(weight.rank == 2, f"an embedding has two dimensions, not {weight}")
     return (weight.with_shape(*ids.shape, weight.shape[1]),)
+
+
+@op({"scale": float}, bits=int)
+def fake_quantize(x: TensorType, *, attrs: Attrs) -> Types:
+    """x rounded to integers of `bits` bits, -top to top with top = 2^(bits-1) - 1, and multiplied back by
+    their step: `scale`, or without it the largest magnitude along the last dimension over top."""
+    _float(x)
+    bits, scale = attrs["bits"], attrs.get("scale", 1.0)
+    _require(isinstance(bits, int) and 2 <= bits <= 8, f"integers have 2 to 8 bits, not {bits}")
+    _require(isinstance(scale, float) and 0 < scale < math.inf, f"a step is above zero, not {scale!r}")
+    return (x,)
 
 
 # ---- norms and attention ------------------------------------------------------------------------

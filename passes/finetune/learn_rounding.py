@@ -9,9 +9,10 @@ A block reads what the already quantized blocks before it put out, and is compar
 full-precision block puts out on full-precision inputs: errors of earlier blocks are made up for. Each code
 has a latent value: at first the weight itself in units of its step, moved into the cell of the code that
 the quantizer chose. Steps of one size along the sign of the gradient move the latents and the logarithms
-of the scales (SignRound, arXiv 2309.05516, section 3; straight-through rounding). A block whose error on
-windows set apart is not lower afterwards stays as it was. `before` and `after` are the mean relative errors
-of the blocks' outputs there.
+of the scales (SignRound, arXiv 2309.05516, section 3; straight-through rounding). Codes on two binary
+planes learn alike, each plane with its own scale (DB-LLM, arXiv 2402.11960, section 3.2). A block whose
+error on windows set apart is not lower afterwards stays as it was. `before` and `after` are the mean
+relative errors of the blocks' outputs there.
 """
 
 import math
@@ -26,15 +27,15 @@ from torch import Tensor
 from gammac.cache import key_of
 from gammac.calibration import BATCH_WINDOWS, Segment, Stream
 from gammac.diagnostics import CompileError
-from gammac.formats import IntegerFormat, Quantized, load_float, parse_format, spread
+from gammac.formats import Quantized, load_float, parse_format
 from gammac.ir import Module, to_text
 from gammac.ir.interpret import Env, Weights, run_ops
 from gammac.passes.candidates import weights_have_candidates
+from gammac.passes.finetune.latents import Latents, latents_of
 from gammac.passes.quantize import weights_have_formats
 from gammac.passes.sensitivity.scores import candidates_of, check_range, rounded
 from gammac.pipeline import Context, Invariant, full_options_text
 
-MARGIN: Final = 0.45  # of a cell, whose half is ½: how far from its code a latent may start
 APART: Final = 8  # every so manieth batch of windows is set apart
 
 
@@ -141,7 +142,7 @@ class _Learner:
         if not names:
             return {"digests": {}}
         start = {n: self.codes(n) for n in names}
-        latents = {n: Latents(self.full(n), start[n]) for n in names}
+        latents = {n: latents_of(self.full(n), start[n]) for n in names}
         fixed = _kept(self.allocated)
         before = self._error(segment, index, start, fixed)
         generator = torch.Generator().manual_seed(self.ctx.seed * 7919 + index)
@@ -168,7 +169,7 @@ class _Learner:
         return {v: env[v] for v in segment.live_out}
 
     def _step(
-        self, segment: Segment, index: int, batches: list[int], latents: Mapping[str, "Latents"],
+        self, segment: Segment, index: int, batches: list[int], latents: Mapping[str, Latents],
         fixed: Weights, left: float,
     ) -> None:  # fmt: skip
         leaves = {n: x.quantized().dequantize().requires_grad_() for n, x in latents.items()}
@@ -216,43 +217,3 @@ def _learnable(segment: Segment, module: Module) -> list[str]:
     names = dict.fromkeys(ref.name for ref in refs if ref is not None)
     attrs = {n: module.weights[n].attrs for n in names}
     return [n for n in names if attrs[n].get("role") == "block" and "format" in attrs[n]]
-
-
-class Latents:
-    """The real numbers behind a weight's codes [rows, columns] and scales [rows, groups]."""
-
-    def __init__(self, weight: Tensor, start: Quantized) -> None:
-        assert isinstance(start.format, IntegerFormat), f"{start.format.name} has no grid to round to"
-        self.start, self.format = start, start.format
-        self.size = self.format.inputs_per_scale(weight.shape[1])
-        columns = weight.shape[1]
-        self.zeros = (
-            torch.full_like(start.scales, float(self.format.midpoint)).float()
-            if start.zeros is None
-            else start.zeros.float()
-        )
-        steps = spread(start.scales.float(), self.size, columns)
-        codes = start.codes.float()
-        exact = weight / steps.clamp(min=1e-30) + spread(self.zeros, self.size, columns)
-        self.latent = torch.minimum(torch.maximum(exact, codes - MARGIN), codes + MARGIN)
-        self.log_scale = torch.zeros_like(start.scales, dtype=torch.float32)
-
-    def quantized(self) -> Quantized:
-        """The nearest codes, and scales as they are stored."""
-        codes = self.latent.round().clamp(0, self.format.levels)
-        scales = (self.start.scales.float() * self.log_scale.exp()).half()
-        return self.format.quantized(codes.to(torch.uint8), scales, self.start.zeros)
-
-    def move(self, gradient: Tensor, rate: float, scale_rate: float) -> None:
-        """One step against the sign of ∂L/∂W [rows, columns]: straight through the rounding, where it is
-        not cut off; and against that of the scales' logarithms."""
-        columns = gradient.shape[1]
-        scales = self.start.scales.float()
-        # a negative scale turns the direction of its codes around
-        along = gradient * spread(scales.sign(), self.size, columns)
-        at_scale = gradient * self.quantized().dequantize()
-        groups = self.format.groups(columns)
-        summed = torch.nn.functional.pad(at_scale, (0, groups * self.size - columns))
-        summed = summed.reshape(len(gradient), groups, self.size).sum(-1)
-        self.latent = (self.latent - rate * along.sign()).clamp(-0.5, self.format.levels + 0.5)
-        self.log_scale -= scale_rate * summed.sign()

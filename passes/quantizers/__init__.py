@@ -7,7 +7,14 @@ from torch import Tensor
 
 from gammac.diagnostics import CompileError
 from gammac.formats import Format, Quantized
+from gammac.passes.options import options_of
+from gammac.passes.quantizers.awq import Awq
+from gammac.passes.quantizers.billm import BiLlm
+from gammac.passes.quantizers.db_llm import DbLlm
 from gammac.passes.quantizers.gptq import Gptq
+from gammac.passes.quantizers.nf import Nf
+from gammac.passes.quantizers.pb_llm import PbLlm
+from gammac.passes.quantizers.quip import Quip
 from gammac.passes.quantizers.rtn import Rtn
 from gammac.passes.quantizers.tcq import Tcq
 
@@ -28,16 +35,23 @@ class Quantizer(Protocol):
         ...
 
 
-QUANTIZERS: Final[dict[str, type[Quantizer]]] = {q.name: q for q in (Rtn, Gptq, Tcq)}
+QUANTIZERS: Final[dict[str, type[Quantizer]]] = {
+    q.name: q for q in (Rtn, Gptq, Awq, Quip, Nf, DbLlm, PbLlm, BiLlm, Tcq)
+}
 
 
 def make_quantizer(name: str, **options: object) -> Quantizer:
-    """A quantizer by name; options it doesn't have are left out. Raises CompileError."""
+    """A quantizer by name, its own options behind colons: `quip:rho=2:greedy=5`.
+
+    Of `options` those that it doesn't have are left out. Raises CompileError.
+    """
+    name, *own = name.split(":")
     if name not in QUANTIZERS:
         raise CompileError(f"no quantizer {name!r}", hint=f"there are {', '.join(QUANTIZERS)}")
     kind = QUANTIZERS[name]
     known = getattr(kind, "__dataclass_fields__", {})
-    return kind(**{k: v for k, v in options.items() if k in known})
+    given = {k: v for k, v in options.items() if k in known}
+    return kind(**given | options_of(f"quantizer {name}", kind, own))
 
 
 def output_error(weight: Tensor, quantized: Tensor, gram: Tensor | None) -> float:
@@ -49,4 +63,18 @@ def output_error(weight: Tensor, quantized: Tensor, gram: Tensor | None) -> floa
     return float(lost / ((weight @ gram) * weight).sum().clamp(min=1e-30))
 
 
-__all__ = ["QUANTIZERS", "Gptq", "Quantizer", "Rtn", "Tcq", "make_quantizer", "output_error"]
+__all__ = [
+    "QUANTIZERS",
+    "Awq",
+    "BiLlm",
+    "DbLlm",
+    "Gptq",
+    "Nf",
+    "PbLlm",
+    "Quantizer",
+    "Quip",
+    "Rtn",
+    "Tcq",
+    "make_quantizer",
+    "output_error",
+]

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from gammac.diagnostics import CompileError
-from gammac.formats import INTEGER, Format, IntegerFormat, Quantized
-from gammac.passes.quantizers.grid import Grid, as_quantized, choose_grid, on_grids
+from gammac.formats import INTEGER, NORMAL_FLOAT, Format, IntegerFormat, NormalFloat, Quantized
+from gammac.passes.quantizers.grid import Grid, as_quantized, choose_grid, on_grid
 from gammac.passes.quantizers.kernels import sweep_block
+from gammac.passes.quantizers.nf import sweep_normal_float
 
 DAMPING_TRIES: Final = 5
 
@@ -27,7 +28,7 @@ class Gptq:
 
     name: ClassVar[str] = "gptq"
     needs_gram: ClassVar[bool] = True
-    kinds: ClassVar[tuple[str, ...]] = (INTEGER,)
+    kinds: ClassVar[tuple[str, ...]] = (INTEGER, NORMAL_FLOAT)
     stacks: ClassVar[bool] = True
     clip: str = "mse"
     act_order: bool = True
@@ -37,21 +38,65 @@ class Gptq:
     def quantize(self, weight: Tensor, gram: Tensor | None, formats: Sequence[Format]) -> list[Quantized]:
         """See Quantizer. Raises CompileError when the Gram matrix has no usable inverse."""
         assert gram is not None, "gptq needs the Gram matrix of the inputs"
-        columns = weight.shape[1]
-        diagonal = gram.diagonal()
-        dead = diagonal <= 0  # inputs that never fired: whatever they are multiplied by is lost
-        order = (
-            torch.argsort(diagonal, descending=True, stable=True) if self.act_order else torch.arange(columns)
-        )
-        factor = inverse_factor(gram[order][:, order], self.damping)
-        weight = weight.masked_fill(dead, 0.0)
-        importance = diagonal.clamp(min=0)
+        feedback = Feedback.of(gram, self.act_order, self.damping, self.block)
+        weight = feedback.alive(weight)
         found = []
-        for format_ in on_grids(formats):
-            grid = choose_grid(weight, format_, self.clip, importance)
-            codes = _sweep(weight, grid, format_, order, factor, self.block)
-            found.append(as_quantized(codes, grid, format_))
+        for format_ in formats:
+            if isinstance(format_, NormalFloat):
+                found.append(sweep_normal_float(weight, format_, feedback.order, feedback.factor))
+                continue
+            integer = on_grid(format_)
+            grid = choose_grid(weight, integer, self.clip, feedback.importance)
+            found.append(as_quantized(feedback.codes(weight, grid, integer), grid, integer))
         return found
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """What of a Gram matrix the sweep needs; one serves every format and grid of a stack."""
+
+    importance: Tensor  # [columns]
+    order: Tensor  # [columns]
+    factor: Tensor  # [columns, columns], in that order
+    block: int = 128
+
+    @classmethod
+    def of(cls, gram: Tensor, act_order: bool, damping: float, block: int = 128) -> "Feedback":
+        """Raises CompileError when the Gram matrix has no usable inverse."""
+        diagonal = gram.diagonal()
+        order = (
+            torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(len(gram))
+        )
+        factor = inverse_factor(gram[order][:, order], damping)
+        return cls(diagonal.clamp(min=0), order, factor, block)
+
+    def alive(self, weight: Tensor) -> Tensor:
+        """Zeros where inputs never fired: whatever these are multiplied by is lost."""
+        return weight.masked_fill(self.importance <= 0, 0.0)
+
+    def codes(
+        self, weight: Tensor, grid: Grid, format_: IntegerFormat, dither: Tensor | None = None
+    ) -> Tensor:
+        """Codes f32 [rows, columns], in the original order of columns.
+
+        `dither` [rows, columns], in steps, is added before each rounding, in the order of the sweep.
+        """
+        rows, columns = weight.shape
+        left = weight[:, self.order].contiguous()
+        codes = torch.empty_like(left)
+        groups = (self.order // format_.inputs_per_scale(columns)).numpy()
+        dither = torch.zeros(1, columns) if dither is None else dither
+        for start in range(0, columns, self.block):
+            end = min(start + self.block, columns)
+            errors = torch.empty(rows, end - start)
+            sweep_block(
+                left.numpy(), codes.numpy(), errors.numpy(), self.factor.numpy(), grid.scales.numpy(),
+                grid.zeros.numpy(), dither.numpy(), groups, format_.levels, start, end,
+            )  # fmt: skip
+            left[:, end:].addmm_(errors, self.factor[start:end, end:], alpha=-1)
+        restored = torch.empty_like(codes)
+        restored[:, self.order] = codes
+        return restored
 
 
 def inverse_factor(gram: Tensor, damping: float) -> Tensor:
@@ -76,24 +121,3 @@ def inverse_factor(gram: Tensor, damping: float) -> Tensor:
         "the Gram matrix of the inputs has no inverse, however much it is damped",
         hint="calibrate on more or other text: the inputs hold NaN, infinity or nothing at all",
     )
-
-
-def _sweep(
-    weight: Tensor, grid: Grid, format_: IntegerFormat, order: Tensor, factor: Tensor, block: int
-) -> Tensor:
-    """Codes f32 [rows, columns], in the original order of columns."""
-    rows, columns = weight.shape
-    left = weight[:, order].contiguous()
-    codes = torch.empty_like(left)
-    groups = (order // format_.inputs_per_scale(columns)).numpy()
-    for start in range(0, columns, block):
-        end = min(start + block, columns)
-        errors = torch.empty(rows, end - start)
-        sweep_block(
-            left.numpy(), codes.numpy(), errors.numpy(), factor.numpy(), grid.scales.numpy(),
-            grid.zeros.numpy(), groups, format_.levels, start, end,
-        )  # fmt: skip
-        left[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
-    restored = torch.empty_like(codes)
-    restored[:, order] = codes
-    return restored

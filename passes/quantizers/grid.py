@@ -5,6 +5,7 @@ input by how much it carries (the diagonal of the Gram matrix) when that is know
 worth 40 % of the error.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -35,11 +36,15 @@ class Grid:
     zeros: Tensor
 
 
+def on_grid(format_: Format) -> IntegerFormat:
+    """The format, which is integer: a quantizer is given only what it writes."""
+    assert isinstance(format_, IntegerFormat), f"{format_.name} is no integer grid"
+    return format_
+
+
 def on_grids(formats: Sequence[Format]) -> list[IntegerFormat]:
-    """The formats, all of them integer: what a quantizer of that kind is given."""
-    found = [f for f in formats if isinstance(f, IntegerFormat)]
-    assert len(found) == len(formats), f"{formats} are not all integer"
-    return found
+    """The formats, all of them integer."""
+    return [on_grid(f) for f in formats]
 
 
 def choose_grid(
@@ -63,21 +68,43 @@ def choose_grid(
     return Grid(scales, zeros)
 
 
+def fixed_grid(weight: Tensor, format_: IntegerFormat, rho: float) -> Grid:
+    """A range of ±rho root mean squares of what shares a scale, for weight [rows, columns].
+
+    Zero points are whole numbers, so the range lies half a step to one side: the side that loses less.
+    """
+    rows, columns = weight.shape
+    size, groups = format_.inputs_per_scale(columns), format_.groups(columns)
+    padded = torch.nn.functional.pad(weight, (0, groups * size - columns)).reshape(rows * groups, size)
+    counts = torch.full((groups,), float(size))
+    counts[-1] -= groups * size - columns
+    squares = padded.square().sum(1, keepdim=True) / counts.repeat(rows)[:, None]
+    scales = _stored(2 * rho * squares.sqrt() / format_.levels)
+    middle = format_.levels / 2
+    sides = (format_.midpoint,) if format_.symmetric else (math.floor(middle), math.ceil(middle))
+    offers = Grid(scales.repeat(1, len(sides)), torch.tensor(sides).float().repeat(len(scales), 1))
+    grid = _best(padded, torch.ones(groups, size), offers, format_)
+    return Grid(grid.scales.reshape(rows, groups), grid.zeros.reshape(rows, groups))
+
+
 def _search(weight: Tensor, shares: Tensor, format_: IntegerFormat, clip: str) -> Grid:
     """The best grid for each row of weight [n, size]; shares [groups, size] repeats over the rows."""
     low = weight.amin(1, keepdim=True).clamp(max=0.0)
     high = weight.amax(1, keepdim=True).clamp(min=0.0)
-    down, up = _shrinks(format_) if clip == "mse" else (torch.ones(1), torch.ones(1))
-    offers = _grids_of(low * down, high * up, format_)
-    if len(down) == 1:
-        return offers
+    down, up = shrinks_of(format_) if clip == "mse" else (torch.ones(1), torch.ones(1))
+    offers = grids_of(low * down, high * up, format_)
+    return offers if len(down) == 1 else _best(weight, shares, offers, format_)
+
+
+def _best(weight: Tensor, shares: Tensor, offers: Grid, format_: IntegerFormat) -> Grid:
+    """Of the grids offered to each row of weight [n, size] the one that loses least."""
     arrays = (t.contiguous().numpy() for t in (weight, shares, offers.scales, offers.zeros))
     best = best_grids(*arrays, format_.levels)
     chosen = torch.from_numpy(best)[:, None]
     return Grid(offers.scales.gather(1, chosen), offers.zeros.gather(1, chosen))
 
 
-def _shrinks(format_: IntegerFormat) -> tuple[Tensor, Tensor]:
+def shrinks_of(format_: IntegerFormat) -> tuple[Tensor, Tensor]:
     """Factors of the lower and the upper end, pair by pair; the first pair moves nothing."""
     shrinks = torch.tensor(SHRINKS.get(format_.bits, FINE_SHRINKS))
     if format_.symmetric:
@@ -86,7 +113,7 @@ def _shrinks(format_: IntegerFormat) -> tuple[Tensor, Tensor]:
     return pairs[:, 0], pairs[:, 1]
 
 
-def _grids_of(low: Tensor, high: Tensor, format_: IntegerFormat) -> Grid:
+def grids_of(low: Tensor, high: Tensor, format_: IntegerFormat) -> Grid:
     """Grids that span low … high [n, offers], the scale rounded as it will be stored."""
     if format_.symmetric:
         # codes reach one step further down than up, so the larger end sets the scale

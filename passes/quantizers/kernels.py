@@ -1,4 +1,4 @@
-"""The two inner loops of quantizing, compiled by numba: rows don't interact, so they run in parallel.
+"""The inner loops of quantizing, compiled by numba: rows don't interact, so they run in parallel.
 
 Each row is worked on from end to end while it is in the cache; its result does not depend on how many
 threads there are or which rows are quantized with it.
@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 
 # sums may be reordered (they vectorize); nothing here depends on NaN or on signed zeros
@@ -51,19 +52,70 @@ def best_grids(weight: Floats, importance: Floats, scales: Floats, zeros: Floats
 @_compiled
 def sweep_block(
     left: Floats, codes: Floats, errors: Floats, factor: Floats, scales: Floats, zeros: Floats,
-    groups: Integers, levels: float, start: int, end: int,
+    dither: Floats, groups: Integers, levels: float, start: int, end: int,
 ) -> None:  # fmt: skip
     """Round columns start … end of each row in turn, each making up for those before it.
 
     left, codes [rows, columns] are changed in place, errors [rows, end - start] is filled;
-    factor [columns, columns] is upper triangular; scales and zeros [rows, groups]; groups [columns].
+    factor [columns, columns] is upper triangular; scales and zeros [rows, groups]; groups [columns];
+    dither, in steps, is added before rounding: [rows, columns], or [1, columns] for all rows.
     """
     for r in numba.prange(left.shape[0]):
         for i in range(start, end):
             scale, zero = scales[r, groups[i]], zeros[r, groups[i]]
-            code = min(max(np.rint(left[r, i] / scale) + zero, np.float32(0.0)), np.float32(levels))
+            steps = left[r, i] / scale + dither[r % dither.shape[0], i]
+            code = min(max(np.rint(steps) + zero, np.float32(0.0)), np.float32(levels))
             error = (left[r, i] - (code - zero) * scale) / factor[i, i]
             codes[r, i] = code
+            errors[r, i - start] = error
+            for j in range(i + 1, end):
+                left[r, j] -= error * factor[i, j]
+
+
+@_compiled
+def descend(
+    codes: Floats, slopes: Doubles, gram: Doubles, scales: Floats, groups: Integers, order: Integers,
+    levels: float, passes: int,
+) -> None:  # fmt: skip
+    """Move each code in turn to where the whole error is least, the others as they are.
+
+    codes [rows, columns] and slopes = Δ G [rows, columns] are changed in place; gram [columns, columns];
+    scales [rows, groups]; groups [columns]; order: the columns, as they are visited.
+    """
+    for r in numba.prange(codes.shape[0]):
+        for _ in range(passes):
+            moved = False
+            for i in order:
+                if gram[i, i] <= 0.0:
+                    continue
+                scale = scales[r, groups[i]]
+                code = np.rint(codes[r, i] - slopes[r, i] / (gram[i, i] * scale))
+                step = (min(max(code, 0.0), levels) - codes[r, i]) * scale
+                if step != 0.0:
+                    moved = True
+                    codes[r, i] += np.rint(step / scale)
+                    for j in range(slopes.shape[1]):
+                        slopes[r, j] += step * gram[i, j]
+            if not moved:
+                break
+
+
+@_compiled
+def sweep_levels(
+    left: Floats, codes: Floats, errors: Floats, factor: Floats, levels: Floats, groups: Integers,
+    start: int, end: int,
+) -> None:  # fmt: skip
+    """`sweep_block` for levels that are no grid: levels [rows, groups, n], of equals the first."""
+    for r in numba.prange(left.shape[0]):
+        for i in range(start, end):
+            offered = levels[r, groups[i]]
+            nearest, least = 0, np.float32(np.inf)
+            for n in range(offered.shape[0]):
+                distance = abs(left[r, i] - offered[n])
+                if distance < least:
+                    nearest, least = n, distance
+            error = (left[r, i] - offered[nearest]) / factor[i, i]
+            codes[r, i] = nearest
             errors[r, i - start] = error
             for j in range(i + 1, end):
                 left[r, j] -= error * factor[i, j]

@@ -6,7 +6,15 @@ from typing import Final
 import numpy as np
 import onnx_ir as ir
 
-from gammac.formats import IntegerFormat, load_float, load_quantized, stored_format
+from gammac.formats import (
+    DualBinaryFormat,
+    IntegerFormat,
+    Quantized,
+    load_float,
+    load_quantized,
+    stored_format,
+)
+from gammac.formats.dual_binary import PLANES
 from gammac.ir import Op, Weight, WeightRef
 from gammac.targets.onnx.any_bits import DOMAIN, OP, OP_ZEROS, groups_of, pack
 from gammac.targets.onnx.graph import MICROSOFT, Array, GraphWriter
@@ -25,10 +33,15 @@ def lower_linear(g: GraphWriter, op: Op) -> Sequence[ir.Value]:
     if not isinstance(ref, WeightRef):
         y = g.op("MatMul", x, g.op("Transpose", g.operand(ref), perm=[1, 0]))
     else:
-        weight = g.module.weights[ref.name]
-        format_ = _stored_grid(weight)
-        y = _float_product(g, x, ref) if format_ is None else _packed_product(g, x, weight, format_)
+        y = _product(g, x, ref, g.module.weights[ref.name])
     return [g.op("Add", y, g.operand(bias[0])) if bias else y]
+
+
+def _product(g: GraphWriter, x: ir.Value, ref: WeightRef, weight: Weight) -> ir.Value:
+    if isinstance(stored_format(weight), DualBinaryFormat):
+        return _dual_product(g, x, weight)
+    format_ = _stored_grid(weight)
+    return _float_product(g, x, ref) if format_ is None else _packed_product(g, x, weight, format_)
 
 
 def _stored_grid(weight: Weight) -> IntegerFormat | None:
@@ -55,17 +68,45 @@ def _packed_product(g: GraphWriter, x: ir.Value, weight: Weight, format_: Intege
     rows, columns = weight.type.shape
     operands = packed_weight(g, weight, format_)
     if _kernel(g, weight, format_) == ANY_BITS:
-        assert isinstance(columns, int)
-        kind = OP if format_.symmetric else OP_ZEROS
-        g.library_ops.add(kind)
-        group = format_.inputs_per_scale(columns)
-        return g.op(
-            kind, x, *operands, domain=DOMAIN, N=rows, K=columns, bits=format_.bits, group=group
-        )  # fmt: skip
+        return _any_bits_product(g, x, weight, format_, operands)
     return g.op(
         "MatMulNBits", x, operands[0], in_f32(g, operands[1]), *operands[2:], domain=MICROSOFT,
         N=rows, K=columns, bits=format_.bits, block_size=format_.group, accuracy_level=ACCURACY_LEVEL,
     )  # fmt: skip
+
+
+def _any_bits_product(
+    g: GraphWriter, x: ir.Value, weight: Weight, format_: IntegerFormat, operands: Sequence[ir.Value]
+) -> ir.Value:
+    rows, columns = weight.type.shape
+    assert isinstance(columns, int)
+    kind = OP if format_.symmetric else OP_ZEROS
+    g.library_ops.add(kind)
+    group = format_.inputs_per_scale(columns)
+    return g.op(kind, x, *operands, domain=DOMAIN, N=rows, K=columns, bits=format_.bits, group=group)
+
+
+def _dual_product(g: GraphWriter, x: ir.Value, weight: Weight) -> ir.Value:
+    """The sum of the products with both planes, each of them binary codes."""
+    q = load_quantized(weight, g.store)
+    format_ = q.format
+    assert isinstance(format_, DualBinaryFormat)
+    demand_kernel(weight, format_, g.target, compiler=g.compiler)
+    products = []
+    for plane, binary in zip(PLANES, format_.planes(q.parts), strict=True):
+        names = [f"{weight.name}.{plane}.{part}" for part in ("codes", "scales")]
+        arrays = (None, None) if g.is_stored(names[0]) else _any_bits_arrays(binary)[:2]
+        operands = [g.stored(name, array) for name, array in zip(names, arrays, strict=True)]
+        products.append(_any_bits_product(g, x, weight, format_.plane, operands))
+    return g.op("Add", *products)
+
+
+def _any_bits_arrays(q: Quantized) -> tuple[Array, Array, Array | None]:
+    """Codes, scales and zeros in MatMulAnyBits' layout."""
+    zeros = None if q.zeros is None else q.zeros.numpy()
+    group = q.format.inputs_per_scale(q.codes.shape[1])
+    packed = pack(q.codes.numpy(), q.scales.numpy(), zeros, int(q.format.bits), group)
+    return packed.codes, packed.scales, packed.zeros
 
 
 def packed_weight(g: GraphWriter, weight: Weight, format_: IntegerFormat) -> list[ir.Value]:
@@ -76,13 +117,10 @@ def packed_weight(g: GraphWriter, weight: Weight, format_: IntegerFormat) -> lis
         return [g.stored(name) for name in names]
     q = load_quantized(weight, g.store)
     if _kernel(g, weight, format_) == ANY_BITS:
-        zeros = None if q.zeros is None else q.zeros.numpy()
-        group = format_.inputs_per_scale(q.codes.shape[1])
-        packed = pack(q.codes.numpy(), q.scales.numpy(), zeros, format_.bits, group)
-        arrays: list[Array | None] = [packed.codes, packed.scales, packed.zeros]
+        arrays = _any_bits_arrays(q)
     else:
         codes, zeros = pack_nbits(q)
-        arrays = [codes, q.scales.numpy().astype(np.float16), zeros]
+        arrays = codes, q.scales.numpy().astype(np.float16), zeros
     return [g.stored(name, array) for name, array in zip(names, arrays, strict=False)]
 
 

@@ -1,0 +1,37 @@
+"""Recipes: fields that exist, and a user's own choice that holds."""
+
+from typing import Any
+
+import pytest
+
+from gammac.cli.compile import _follow_recipe, compile_command
+from gammac.passes import Choices, default_pipeline
+from gammac.passes.recipes import RECIPES
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_a_pipeline(name: str) -> None:
+    fields: dict[str, Any] = dict(RECIPES[name])
+    names = [p.name for p in default_pipeline(Choices(**fields), "onnx", compiler=True)]
+    assert ("distill" in names) == (name == "best") and ("gamma" in names) == (name != "fast")
+
+
+def chosen(*arguments: str) -> dict[str, Any]:
+    with compile_command.make_context("compile", ["tiny", "-o", "out", *arguments]) as context:
+        options = dict(context.params)
+        _follow_recipe(options)
+    return options
+
+
+def test_a_recipe_sets_what_was_left_open() -> None:
+    best = chosen("--recipe", "best")
+    assert best["learn_rounding"] and best["distill"] and best["guided"] and best["strategy"] == "gamma"
+    assert chosen("--recipe", "fast")["strategy"] == "fisher"
+    assert not chosen()["learn_rounding"]
+
+
+def test_what_the_user_says_holds() -> None:
+    found = chosen("--recipe", "best", "--no-learn-rounding", "--strategy", "hawq")
+    assert not found["learn_rounding"] and found["distill"] and found["strategy"] == "hawq"
+    # even where it is the default
+    assert chosen("--recipe", "fast", "--strategy", "gamma")["strategy"] == "gamma"
