@@ -33,6 +33,8 @@ from gammac.targets.cost import Cost, module_cost
 
 # of a weight in a format: 134 million weights in four formats took 63 s on two cores
 SWEEP_NANOSECONDS: Final = 120.0
+# the same for quantizers that take much longer: a million weights a second on one core, and the search for a scale
+SLOW_SWEEPS: Final = {"tcq": 800.0}
 # passes that take long and change nothing that a size or a time depends on
 MEASURING: Final = (SmoothQuant, Awq, CollectGrams, CollectGuidedGrams)
 
@@ -122,7 +124,8 @@ def compile_seconds(plan: Plan, module: Module, tokens: int) -> float:
         distill = Distill()
         learnt_from = distill.steps * distill.batch * plan.request.calibration_length
         gemm += 2 * every * (4 * learnt_from + 1.25 * tokens)
-    sweeps = every * formats * SWEEP_NANOSECONDS * 1e-9
+    quantizer = plan.request.choices.quantizer.partition(":")[0]
+    sweeps = every * formats * SLOW_SWEEPS.get(quantizer, SWEEP_NANOSECONDS) * 1e-9
     return plan.capture_seconds + gemm / flops() + sweeps + every * 1e-8
 
 

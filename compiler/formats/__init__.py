@@ -8,6 +8,7 @@
     fdb2g64        two binary planes, an f16 scale for each of them and for each 64 inputs
     pb1.7g128      a tenth of the weights in 8 bits, the others binary; a bitmap says which
     bi1.1g128      binary with a second bit: a residual's sign in salient columns, elsewhere one of two scales
+    tcq2           2 bits a weight, read through a trellis of 2¹² states; one f16 scale a row
 
 `dequantize` and the count of stored bits stand here and nowhere else.
 """
@@ -28,6 +29,7 @@ from gammac.formats.names import parse_format, parse_formats
 from gammac.formats.normal_float import NORMAL_FLOAT, DoubleNormalFloat, NormalFloat
 from gammac.formats.partly_binary import PARTLY_BINARY, PartlyBinaryFormat
 from gammac.formats.stored import load_float, load_quantized, stored_format
+from gammac.formats.trellis import TRELLIS, TrellisFormat, code_values, tile_bounds
 
 __all__ = [
     "BINARY_RESIDUAL",
@@ -38,6 +40,7 @@ __all__ = [
     "NORMAL_FLOAT",
     "PARTLY_BINARY",
     "SCALE_BITS",
+    "TRELLIS",
     "BinaryResidualFormat",
     "DoubleNormalFloat",
     "DualBinaryFormat",
@@ -46,6 +49,8 @@ __all__ = [
     "NormalFloat",
     "PartlyBinaryFormat",
     "Quantized",
+    "TrellisFormat",
+    "code_values",
     "concat_rows",
     "load_float",
     "load_quantized",
@@ -53,4 +58,5 @@ __all__ = [
     "parse_formats",
     "spread",
     "stored_format",
+    "tile_bounds",
 ]

@@ -11,6 +11,7 @@ from gammac.formats.dual_binary import DualBinaryFormat
 from gammac.formats.integer import IntegerFormat
 from gammac.formats.normal_float import DoubleNormalFloat, NormalFloat
 from gammac.formats.partly_binary import PartlyBinaryFormat
+from gammac.formats.trellis import STATE_BITS, TrellisFormat
 
 # pattern → format; what `(?P<group>…)` matched is read as a group size
 GROUP: Final = r"(?:g(?P<group>\d+)|channel)"
@@ -22,10 +23,15 @@ SPELLINGS: Final[Sequence[tuple[str, Callable[[Found, int], Format]]]] = (
     (rf"fdb2{GROUP}", lambda m, group: DualBinaryFormat(group)),
     (rf"pb([1-7](?:\.\d+)?){GROUP}", lambda m, group: PartlyBinaryFormat(float(m[1]), group)),
     (rf"bi(1\.\d+){GROUP}", lambda m, group: BinaryResidualFormat(float(m[1]), group)),
+    (
+        r"tcq([1-4])(?:g(?P<group>\d+))?(?:-l([89]|1[0-6]))?",
+        lambda m, group: TrellisFormat(int(m[1]), group, int(m[3] or STATE_BITS)),
+    ),
 )
 EXAMPLES: Final = (
     "w4g64, w3g128-sym or w8channel (bits 1 to 8); "
-    "or nf4g64 or nf4g64-dq (bits 2 to 4), fdb2g64, pb1.7g128, bi1.1g128"
+    "or nf4g64 or nf4g64-dq (bits 2 to 4), fdb2g64, pb1.7g128, bi1.1g128, "
+    "tcq2 or tcq3-l10 (bits 1 to 4)"
 )
 
 

@@ -16,6 +16,7 @@ from gammac.passes.quantizers.nf import Nf
 from gammac.passes.quantizers.pb_llm import PbLlm
 from gammac.passes.quantizers.quip import Quip
 from gammac.passes.quantizers.rtn import Rtn
+from gammac.passes.quantizers.tcq import Tcq
 
 
 class Quantizer(Protocol):
@@ -35,7 +36,7 @@ class Quantizer(Protocol):
 
 
 QUANTIZERS: Final[dict[str, type[Quantizer]]] = {
-    q.name: q for q in (Rtn, Gptq, Awq, Quip, Nf, DbLlm, PbLlm, BiLlm)
+    q.name: q for q in (Rtn, Gptq, Awq, Quip, Nf, DbLlm, PbLlm, BiLlm, Tcq)
 }
 
 
@@ -73,6 +74,7 @@ __all__ = [
     "Quantizer",
     "Quip",
     "Rtn",
+    "Tcq",
     "make_quantizer",
     "output_error",
 ]

@@ -1,0 +1,128 @@
+"""Trellis-coded quantization with error feedback, as in QTIP (Tseng et al. 2024, arXiv 2406.11235).
+
+Columns go in GPTQ's order, and each one's tiles are coded against what the columns before it lost (BlockLDLQ
+there). Tiles lie within a column, so that feedback is as fine as GPTQ's: a tile of 16 × 16 weights, which
+suits tensor cores, lets 16 columns go without.
+
+A row's scale is the root mean square of its weights times a factor. Feedback makes what is really coded wider
+than the weights: the factor that loses least is found by trying some with a small trellis. Once the codes are
+there, each row is stretched to what suits them best (least squares).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gammac.diagnostics import CompileError
+from gammac.formats import TRELLIS, Format, Quantized, TrellisFormat, code_values, tile_bounds
+from gammac.passes.quantizers.gptq import inverse_factor
+from gammac.passes.quantizers.grid import SMALLEST_SCALE
+from gammac.passes.quantizers.viterbi import sweep_strips
+
+FACTORS: Final = (1.03, 1.12, 1.22, 1.34)
+GAUSSIAN_FACTOR: Final = FACTORS[0]  # the best for Gaussian weights without feedback
+SEARCH_STATE_BITS: Final = 8  # a sixteenth of the states of 12, and the same factors win
+SEARCH_ROWS: Final = 256
+
+
+@dataclass(frozen=True)
+class Tcq:
+    """`clip`: none (a Gaussian's scale) or mse (the scale that loses least). `damping` is a share of the mean
+    diagonal; with `act_order` columns of large inputs go first."""
+
+    name: ClassVar[str] = "tcq"
+    needs_gram: ClassVar[bool] = True
+    kinds: ClassVar[tuple[str, ...]] = (TRELLIS,)
+    stacks: ClassVar[bool] = False  # tiles run across rows
+    clip: str = "mse"
+    act_order: bool = True
+    damping: float = 0.01
+
+    def quantize(self, weight: Tensor, gram: Tensor | None, formats: Sequence[Format]) -> list[Quantized]:
+        """See Quantizer. Raises CompileError when the Gram matrix has no usable inverse, or for few rows."""
+        assert gram is not None, "tcq needs the Gram matrix of the inputs"
+        trellises = on_trellises(formats, len(weight))
+        diagonal = gram.diagonal()
+        order = torch.argsort(diagonal, descending=True, stable=True)
+        order = order if self.act_order else torch.arange(len(diagonal))
+        factor = inverse_factor(gram[order][:, order], self.damping)
+        fed = weight.masked_fill(diagonal <= 0, 0.0)  # an input that never fired carries nothing
+        return [self._coded(_Problem(fed, gram, order, factor, f)) for f in trellises]
+
+    def _coded(self, problem: "_Problem") -> Quantized:
+        if self.clip == "none":
+            return problem.sweep(GAUSSIAN_FACTOR)
+        sample = problem.smaller()
+        losses = [sample.loss(sample.sweep(factor)) for factor in FACTORS]
+        return problem.stretched(problem.sweep(FACTORS[losses.index(min(losses))]))
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """A weight [rows, columns], its inputs' Gram matrix, an order of columns, the inverse's factor in it."""
+
+    weight: Tensor
+    gram: Tensor
+    order: Tensor
+    factor: Tensor
+    format: TrellisFormat
+
+    def smaller(self) -> "_Problem":
+        """Some of the rows on fewer states: which scale is best can be told from that."""
+        format_ = replace(self.format, state_bits=min(SEARCH_STATE_BITS, self.format.state_bits))
+        return replace(self, weight=self.weight[:: -(-len(self.weight) // SEARCH_ROWS)], format=format_)
+
+    def sweep(self, factor: float) -> Quantized:
+        """The weight coded column by column; a scale is `factor` times the root mean square under it."""
+        rows, columns = self.weight.shape
+        size, branches = self.format.inputs_per_scale(columns), 1 << self.format.bits
+        scales = _stored(self._root_mean_squares() * factor)
+        left = self.weight[:, self.order].contiguous()
+        values = code_values(self.format.bits, self.format.state_bits).reshape(-1, branches).T.contiguous()
+        codes = np.empty((columns, rows), np.uint8)
+        sweep_strips(
+            left.numpy(), self.factor.numpy(), scales.numpy(), (self.order // size).numpy(),
+            values.numpy(), np.array(tile_bounds(rows)), codes, tuple(range(branches)),
+        )  # fmt: skip
+        restored = torch.empty(columns, rows, dtype=torch.uint8)
+        restored[self.order] = torch.from_numpy(codes)
+        return self.format.quantized(restored, scales.half())
+
+    def _root_mean_squares(self) -> Tensor:
+        """[rows, groups]."""
+        groups = self.weight.square().split(self.format.inputs_per_scale(self.weight.shape[1]), 1)
+        return torch.stack([group.mean(1).sqrt() for group in groups], 1)
+
+    def loss(self, coded: Quantized) -> float:
+        """tr(Δ G Δᵀ)."""
+        delta = coded.dequantize() - self.weight
+        return float(((delta @ self.gram) * delta).sum())
+
+    def stretched(self, coded: Quantized) -> Quantized:
+        """The same codes, each row times what brings it nearest to the weight, as G measures it."""
+        values = coded.dequantize()
+        energy = ((values @ self.gram) * values).sum(1).clamp(min=1e-30)
+        factors = ((self.weight @ self.gram) * values).sum(1) / energy
+        scales = _stored(coded.scales.float() * factors[:, None])
+        return Quantized(self.format, {**coded.parts, "scales": scales.half()})
+
+
+def on_trellises(formats: Sequence[Format], rows: int) -> list[TrellisFormat]:
+    """The formats, all of them trellises. Raises CompileError where a tile would be shorter than a state."""
+    found = [f for f in formats if isinstance(f, TrellisFormat)]
+    assert len(found) == len(formats), f"{formats} are not all trellises"
+    for format_ in found:
+        if rows * format_.bits < format_.state_bits:
+            raise CompileError(
+                f"{format_.name} needs {-(-format_.state_bits // format_.bits)} rows or more, not {rows}",
+                hint="its tiles run down the rows: leave such a weight to an integer format",
+            )
+    return found
+
+
+def _stored(scales: Tensor) -> Tensor:
+    return scales.clamp(min=SMALLEST_SCALE).half().float()
