@@ -457,7 +457,7 @@ def test_a_formula_that_forgets_something_is_found(monkeypatch: pytest.MonkeyPat
     assert storage.packed_bytes == pytest.approx(storage.bytes, rel=0.001)
     kind = type(parse_format("w3g32"))
     monkeypatch.setattr(kind, "storage_bits", lambda self, rows, columns: self.payload_bits(rows, columns))
-    with pytest.raises(CompileError, match=r"w3g32 counts .* true bits would be wrong"):
+    with pytest.raises(CompileError, match=r"counts .* true bits would be wrong"):
         storage_of(module, store, target, parameters)
 
 
