@@ -17,7 +17,7 @@ from gammac.study.run import FULL_ROW, Prepared
 
 # forward runs beside the products of the linears: attention, norms, logarithms over the vocabulary
 OVERHEAD: Final = 1.6
-CHARACTERS_PER_TOKEN: Final = 4.0
+CHARACTERS_PER_TOKEN: Final = 3.5
 
 
 @dataclass(frozen=True)

@@ -188,8 +188,9 @@ def _run(ready: Prepared) -> Iterator[Row]:
 
 
 def _measured(ready: Prepared, spec: RowSpec) -> dict[str, Any]:
-    made = make(plan_of(spec, ready.plan), ready.ctx)
-    storage = storage_of(made.module, ready.ctx.store, _parameters(ready))
+    plan = plan_of(spec, ready.plan)
+    made = make(plan, ready.ctx)
+    storage = storage_of(made.module, ready.ctx.store, plan.target, _parameters(ready))
     texts, tasks = ready.harness.on_texts(made.module), ready.harness.on_tasks(made.module)
     return asdict(Figures(storage, made.seconds, made.peak_bytes, texts, tasks))
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from gammac.diagnostics import CompileError
 from gammac.formats import Format, stored_format
 from gammac.ir import Module, Weight
-from gammac.targets.cost import float_bytes
-from gammac.targets.target import BLOCK
+from gammac.targets.cost import float_bytes, module_cost
+from gammac.targets.target import Target
 from gammac.weights import WeightStore
 
 TOLERANCE: Final = 0.01
@@ -33,12 +33,12 @@ class Storage:
     packed_bytes: int
 
 
-def storage_of(module: Module, store: WeightStore, parameters: int) -> Storage:
+def storage_of(module: Module, store: WeightStore, target: Target, parameters: int) -> Storage:
     """What a module behind `quantize` takes. `parameters`: of the model, which whole-model bits are over.
 
-    Raises CompileError for a format whose arrays differ from its formula by more than 1 %.
+    Payload and true bits are those of a compile's manifest. Raises CompileError for a format whose arrays
+    differ from its formula by more than 1 %.
     """
-    payload = true = numel = 0
     formulas: dict[str, int] = defaultdict(int)
     arrays: dict[str, list[tuple[Format, dict[str, Tensor]]]] = defaultdict(list)
     floats = 0
@@ -47,20 +47,15 @@ def storage_of(module: Module, store: WeightStore, parameters: int) -> Storage:
         if format_ is None:
             floats += float_bytes(weight.type)
             continue
-        rows, columns = _shape(weight)
-        formulas[format_.name] += format_.storage_bits(rows, columns)
+        formulas[format_.name] += format_.storage_bits(*_shape(weight))
         arrays[format_.name].append((format_, store.get(weight.digest)))
-        if weight.attrs.get("role") == BLOCK:
-            payload += format_.payload_bits(rows, columns)
-            true += format_.storage_bits(rows, columns)
-            numel += weight.type.numel()
     packed = {name: sum(_packed_bits(stored)) for name, stored in arrays.items()}
     for name, bits in formulas.items():
         check(name, bits, packed[name])
-    total = floats + _bytes(sum(formulas.values()))
+    cost, total = module_cost(module, target), floats + _bytes(sum(formulas.values()))
     return Storage(
-        round(payload / max(1, numel), 6),
-        round(true / max(1, numel), 6),
+        round(cost.payload_bits, 6),
+        round(cost.true_bits, 6),
         round(8 * total / parameters, 6),
         total,
         floats + _bytes(sum(packed.values())),
