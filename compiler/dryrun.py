@@ -89,8 +89,7 @@ def _seconds(plan: Plan, module: Module, tokens: int) -> float:
     block = sum(w.type.numel() for w in weights if w.attrs["role"] == "block")
     every = sum(w.type.numel() for w in weights)
     formats = len(plan.request.choices.block.split("+"))
-    gemm = 0.0
-    gemm += 2 * tokens * block * _scaling_runs(plan)
+    gemm = _scaling_flops(plan, weights, tokens)
     if make_quantizer(plan.request.choices.quantizer).needs_gram:
         grams = sum(int(str(w.type.shape[1])) ** 2 for w in weights)
         guided = plan.request.choices.guided  # forward, forward again, backward; a product for each linear
@@ -107,11 +106,15 @@ def _seconds(plan: Plan, module: Module, tokens: int) -> float:
     return plan.capture_seconds + gemm / _flops() + sweeps + every * 1e-8
 
 
-def _scaling_runs(plan: Plan) -> int:
-    """Runs of the calibration text that scales and steps of activations take."""
+def _scaling_flops(plan: Plan, weights: list[Weight], tokens: int) -> float:
+    """Of the runs of the calibration text for scales and steps of activations, and of AWQ's candidates."""
     passes = default_pipeline(plan.request.choices, plan.target.emitter, compiler=plan.compiler)
     static = [p for p in passes if isinstance(p, QuantizeActivations) and parse_activations(p.format).static]
-    return len(static) + sum(isinstance(p, SmoothQuant | Awq) for p in passes)
+    runs = len(static) + sum(isinstance(p, SmoothQuant | Awq) for p in passes)
+    tried = sum(p.steps for p in passes if isinstance(p, Awq))
+    block = [w.type for w in weights if w.attrs["role"] == "block"]
+    products = sum(t.numel() * int(str(t.shape[1])) for t in block)
+    return 2.0 * (tokens * runs * sum(t.numel() for t in block) + tried * products)
 
 
 def scoring_work(strategy: Pass, weights: int, formats: int) -> tuple[int, int]:

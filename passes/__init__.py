@@ -98,7 +98,7 @@ def awq_of(choices: Choices) -> tuple[Awq, ...]:
     return (Awq(narrowest.name, keep_qk_range=own),) if wanted and narrowest else ()
 
 
-def _activations_of(choices: Choices, emitter: str) -> tuple[QuantizeActivations, ...]:
+def _activations_of(choices: Choices, emitter: str, compiler: bool) -> tuple[QuantizeActivations, ...]:
     if not choices.activations:
         return ()
     format_ = parse_activations(choices.activations)
@@ -106,6 +106,12 @@ def _activations_of(choices: Choices, emitter: str) -> tuple[QuantizeActivations
         raise CompileError(
             f"the emitter {emitter} runs no activations of {format_.bits} bits",
             hint=f"{' and '.join(RUN_ACTIVATIONS)} does; or leave out --activations",
+        )
+    integers = compiler and all(f.symmetric and not f.group for f in parse_formats(choices.block))
+    if format_.bits < 8 and not integers:
+        raise CompileError(
+            f"activations of {format_.bits} bits are multiplied by weights with one scale a row alone",
+            hint=f"{format_.weights} is such a format" + ("" if compiler else "; it takes a C++ compiler"),
         )
     return (QuantizeActivations(choices.activations),)
 
@@ -155,7 +161,7 @@ def default_pipeline(
         *refine_of(choices, extra_bytes),
         *((LearnRounding(),) if choices.learn_rounding else ()),
         Quantize(choices.inputs, *how),
-        *_activations_of(choices, emitter),
+        *_activations_of(choices, emitter, compiler),
         # the form that the emitter writes
         LEGALIZERS[emitter](),
     )
