@@ -25,7 +25,6 @@ from gammac.pipeline import Context, Pipeline
 from gammac.targets.onnx.emit import emit
 from gammac.weights import WeightStore
 
-
 # a tipped code moves a result by 0.33 / top of its deviation
 TIPPED = 1.0
 

@@ -115,8 +115,8 @@ def _fake_quantize(attrs: Any, sizes: Any, x: Tensor) -> Tensor:
     step = attrs.get("scale")
     if step is None:
         step = x.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_MAGNITUDE) / top
-    codes: Tensor = (x / step).round().clamp(-top, top)
-    return codes * step
+    rounded: Tensor = (x / step).round().clamp(-top, top) * step
+    return rounded
 
 
 @_kernel
