@@ -33,7 +33,7 @@ from gammac.targets.cost import Cost, module_cost
 
 # of a weight in a format: 134 million weights in four formats took 63 s on two cores
 SWEEP_NANOSECONDS: Final = 120.0
-# the same for quantizers that take much longer: a million weights a second on one core, and the search for a scale
+# the same for quantizers that take much longer: 10^6 weights a second on one core, and the search for a scale
 SLOW_SWEEPS: Final = {"tcq": 800.0}
 # passes that take long and change nothing that a size or a time depends on
 MEASURING: Final = (SmoothQuant, Awq, CollectGrams, CollectGuidedGrams)
@@ -106,8 +106,7 @@ def compile_seconds(plan: Plan, module: Module, tokens: int) -> float:
     block = sum(w.type.numel() for w in weights if w.attrs["role"] == "block")
     every = sum(w.type.numel() for w in weights)
     formats = len(plan.request.choices.block.split("+"))
-    gemm = 0.0
-    gemm += 2 * tokens * block * _scaling_runs(plan)
+    gemm = _scaling_flops(plan, weights, tokens)
     if make_quantizer(plan.request.choices.quantizer).needs_gram:
         grams = sum(int(str(w.type.shape[1])) ** 2 for w in weights)
         guided = plan.request.choices.guided  # forward, forward again, backward; a product for each linear
@@ -129,11 +128,15 @@ def compile_seconds(plan: Plan, module: Module, tokens: int) -> float:
     return plan.capture_seconds + gemm / flops() + sweeps + every * 1e-8
 
 
-def _scaling_runs(plan: Plan) -> int:
-    """Runs of the calibration text that scales and steps of activations take."""
+def _scaling_flops(plan: Plan, weights: list[Weight], tokens: int) -> float:
+    """Of the runs of the calibration text for scales and steps of activations, and of AWQ's candidates."""
     passes = default_pipeline(plan.request.choices, plan.target.emitter, compiler=plan.compiler)
     static = [p for p in passes if isinstance(p, QuantizeActivations) and parse_activations(p.format).static]
-    return len(static) + sum(isinstance(p, SmoothQuant | Awq) for p in passes)
+    runs = len(static) + sum(isinstance(p, SmoothQuant | Awq) for p in passes)
+    tried = sum(p.steps for p in passes if isinstance(p, Awq))
+    block = [w.type for w in weights if w.attrs["role"] == "block"]
+    products = sum(t.numel() * int(str(t.shape[1])) for t in block)
+    return 2.0 * (tokens * runs * sum(t.numel() for t in block) + tried * products)
 
 
 def scoring_work(strategy: Pass, weights: int, formats: int) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from gammac.diagnostics import CompileError
-from gammac.formats import INTEGER, parse_formats
+from gammac.formats import INTEGER, IntegerFormat, parse_formats
 from gammac.passes.allocate import Allocate
 from gammac.passes.awq import Awq
 from gammac.passes.candidates import Candidates
@@ -44,8 +44,8 @@ REFINED: Final = frozenset({Gamma.name})
 # emitter → the pass that brings a module into the form that it writes
 LEGALIZERS: Final[Mapping[str, type[Pass]]] = {"onnx": LegalizeOnnx}
 
-# emitters that write fake_quantize
-RUN_ACTIVATIONS: Final = ("onnx",)
+# emitters that write fake_quantize, and the interpreter
+RUN_ACTIVATIONS: Final = ("onnx", NO_EMITTER)
 
 
 @dataclass(frozen=True)
@@ -151,14 +151,22 @@ def awq_of(choices: Choices) -> tuple[Awq, ...]:
     return (Awq(min(grids).name, keep_qk_range=own),)
 
 
-def _activations_of(choices: Choices, emitter: str) -> tuple[QuantizeActivations, ...]:
+def _activations_of(choices: Choices, emitter: str, compiler: bool) -> tuple[QuantizeActivations, ...]:
     if not choices.activations:
         return ()
     format_ = parse_activations(choices.activations)
     if emitter not in RUN_ACTIVATIONS:
         raise CompileError(
             f"the emitter {emitter} runs no activations of {format_.bits} bits",
-            hint=f"{' and '.join(RUN_ACTIVATIONS)} does; or leave out --activations",
+            hint="onnx does; or leave out --activations",
+        )
+    integers = compiler and all(
+        isinstance(f, IntegerFormat) and f.symmetric and not f.group for f in parse_formats(choices.block)
+    )
+    if format_.bits < 8 and not integers:
+        raise CompileError(
+            f"activations of {format_.bits} bits are multiplied by weights with one scale a row alone",
+            hint=f"{format_.weights} is such a format" + ("" if compiler else "; it takes a C++ compiler"),
         )
     return (QuantizeActivations(choices.activations),)
 
@@ -212,7 +220,7 @@ def default_pipeline(
         *((LearnRounding(),) if choices.learn_rounding else ()),
         *((Distill(),) if choices.distill else ()),
         Quantize(choices.inputs, *how),
-        *_activations_of(choices, emitter),
+        *_activations_of(choices, emitter, compiler),
         # the form that the emitter writes
         *(() if emitter == NO_EMITTER else (LEGALIZERS[emitter](),)),
     )

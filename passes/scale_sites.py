@@ -186,8 +186,7 @@ class _Factors:
 
     @classmethod
     def none(cls, weight: Weight) -> "_Factors":
-        rows, *columns = weight.type.shape
-        assert isinstance(rows, int) and all(isinstance(c, int) for c in columns)
+        rows, *columns = (int(str(size)) for size in weight.type.shape)
         return cls(torch.ones(rows).double(), torch.ones(columns).double())
 
     def of(self, tensor: Tensor) -> Tensor:

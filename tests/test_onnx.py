@@ -18,6 +18,7 @@ from gammac.formats import CHANNEL, Format, load_float, parse_format
 from gammac.ir import Module
 from gammac.ir.interpret import run
 from gammac.passes.legalize_onnx import LegalizeOnnx
+from gammac.passes.quantize_activations import QuantizeActivations
 from gammac.pipeline import Context
 from gammac.targets.onnx.any_bits import build_library, find_compiler
 from gammac.targets.onnx.emit import emit, emitted_function, outer_name
@@ -117,6 +118,16 @@ def test_any_width_matches_with_the_library(formats: dict[str, str], tmp_path: P
     files = emit(module, store, tmp_path, build=build)
     assert len(files) == 4 and files[2].name in (tmp_path / "genai_config.json").read_text()
     assert 1e-5 < distance(module, tmp_path, store) < ROUNDED
+
+
+@needs_compiler
+def test_rounded_activations_match_in_groups(tmp_path: Path, build: Build) -> None:
+    """The kernel rounds what is rounded already once more, to 8 bits by block."""
+    store, ctx = WeightStore(), Context(load_target("cpu-x86"))
+    module = quantized(decoder(Shape(), store), store, MIXED)
+    module = LegalizeOnnx().run(QuantizeActivations("a8").run(module, ctx), replace(ctx, store=store))
+    emit(module, store, tmp_path, build=build)
+    assert distance(module, tmp_path, store) < ROUNDED
 
 
 @pytest.mark.parametrize("name", ["w3g32", "w5g64-sym", "w1g32", "w7channel"])

@@ -115,7 +115,8 @@ def _fake_quantize(attrs: Any, sizes: Any, x: Tensor) -> Tensor:
     step = attrs.get("scale")
     if step is None:
         step = x.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_MAGNITUDE) / top
-    return (x / step).round().clamp(-top, top) * step
+    rounded: Tensor = (x / step).round().clamp(-top, top) * step
+    return rounded
 
 
 @_kernel

@@ -7,7 +7,6 @@ that an op computes in) is allowed everywhere.
 """
 
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -134,8 +133,8 @@ def fake_quantize(x: TensorType, *, attrs: Attrs) -> Types:
     their step: `scale`, or without it the largest magnitude along the last dimension over top."""
     _float(x)
     bits, scale = attrs["bits"], attrs.get("scale", 1.0)
-    _require(isinstance(bits, int) and 2 <= bits <= 8, f"integers have 2 to 8 bits, not {bits}")
-    _require(isinstance(scale, float) and 0 < scale < math.inf, f"a step is above zero, not {scale!r}")
+    _require(bits in range(2, 9), f"integers have 2 to 8 bits, not {bits}")
+    _require(isinstance(scale, float) and 0 < scale < float("inf"), f"a step is above zero, not {scale!r}")
     return (x,)
 
 

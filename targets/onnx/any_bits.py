@@ -73,7 +73,7 @@ class PackedAnyBits:
         return self.codes.nbytes + self.scales.nbytes + (0 if self.zeros is None else self.zeros.nbytes)
 
 
-def _to_octets(values: Bytes, bits: int) -> Bytes:
+def to_octets(values: Bytes, bits: int) -> Bytes:
     """[..., 8] values to [..., bits] bytes, little-endian."""
     words = np.zeros(values.shape[:-1], dtype="<u8")
     for i in range(8):
@@ -135,11 +135,11 @@ def pack(
         raise ValueError("a scale is not finite in float16")
     chunks = _ceil(K, CHUNK)
     by_strip = _strips(codes, chunks * CHUNK).reshape(-1, STRIP, chunks, 8, 8).transpose(0, 2, 1, 3, 4)
-    packed = _to_octets(by_strip, bits).reshape(-1, chunks, STRIP, 8 * bits)
+    packed = to_octets(by_strip, bits).reshape(-1, chunks, STRIP, 8 * bits)
     packed_zeros = None
     if zeros is not None:
         pairs = _strips(zeros, _ceil(groups, 2) * 2).transpose(0, 2, 1).reshape(-1, _ceil(groups, 2), 8)
-        packed_zeros = _to_octets(pairs, bits)
+        packed_zeros = to_octets(pairs, bits)
     packed_scales = np.ascontiguousarray(_strips(half, groups).transpose(0, 2, 1))
     attributes = {"N": N, "K": K, "bits": bits, "group": group}
     return PackedAnyBits(packed, packed_scales, packed_zeros, attributes)

@@ -1,6 +1,7 @@
 """An ONNX graph under construction: nodes, small constants, and weights that go straight to the data file."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -64,6 +65,14 @@ def dim_name(dim: Dim) -> int | str:
     return dim if isinstance(dim, int) else {"past+seq": "total"}.get(str(dim), str(dim))
 
 
+@dataclass(frozen=True)
+class Rounded:
+    """A value as integers: codes f32 of its shape, and the step that they count."""
+
+    codes: ir.Value
+    step: ir.Value
+
+
 class GraphWriter:
     """Collects nodes. `at` is the PyTorch module that is being lowered; nodes are named after it."""
 
@@ -74,6 +83,7 @@ class GraphWriter:
         self.target, self.compiler = target, compiler
         self.tape = Tape()
         self.values: dict[Value, ir.Value] = {}
+        self.rounded: dict[Value, Rounded] = {}
         self.sizes: dict[str, ir.Value] = {}
         self.by_name: dict[str, ir.Value] = {}
         self.library_ops: set[str] = set()
@@ -117,6 +127,9 @@ class GraphWriter:
 
     def operand(self, operand: Operand) -> ir.Value:
         """The ONNX value of an operand; a weight becomes a float initializer."""
+        if isinstance(operand, Value) and operand in self.rounded:
+            x = self.rounded[operand]
+            return self.shared(f"{x.codes.name} in steps", "Mul", x.codes, x.step)
         if isinstance(operand, Value):
             return self.values[operand]
         return self.float_weight(operand)

@@ -15,33 +15,38 @@ from gammac.formats import (
     stored_format,
 )
 from gammac.formats.dual_binary import PLANES
-from gammac.ir import Op, Weight, WeightRef
+from gammac.ir import Op, Operand, Value, Weight, WeightRef
 from gammac.targets.onnx.any_bits import DOMAIN, OP, OP_ZEROS, groups_of, pack
 from gammac.targets.onnx.graph import MICROSOFT, Array, GraphWriter
+from gammac.targets.onnx.integers import integer_product, multiplies_integers
 from gammac.targets.onnx.kernels import ANY_BITS, demand_kernel, no_kernel, pack_nbits
+from gammac.targets.onnx.unpack import unpack
 
 # activations in 8 bits by block: the only level at which all of 2, 4 and 8 bits have packed kernels
 ACCURACY_LEVEL: Final = 4
 STRIP: Final = 4
 FLOAT: Final = ir.DataType.FLOAT
-UINT32: Final = ir.DataType.UINT32
 
 
 def lower_linear(g: GraphWriter, op: Op) -> Sequence[ir.Value]:
-    """MatMulNBits or MatMulAnyBits for codes, MatMul for floats; then the bias."""
-    x, (ref, *bias) = g.operand(op.operands[0]), op.operands[1:]
+    """MatMulNBits, MatMulAnyBits or MatMulInteger for codes, MatMul for floats; then the bias."""
+    x, ref, *bias = op.operands
     if not isinstance(ref, WeightRef):
-        y = g.op("MatMul", x, g.op("Transpose", g.operand(ref), perm=[1, 0]))
+        y = g.op("MatMul", g.operand(x), g.op("Transpose", g.operand(ref), perm=[1, 0]))
     else:
         y = _product(g, x, ref, g.module.weights[ref.name])
     return [g.op("Add", y, g.operand(bias[0])) if bias else y]
 
 
-def _product(g: GraphWriter, x: ir.Value, ref: WeightRef, weight: Weight) -> ir.Value:
+def _product(g: GraphWriter, x: Operand, ref: WeightRef, weight: Weight) -> ir.Value:
     if isinstance(stored_format(weight), DualBinaryFormat):
-        return _dual_product(g, x, weight)
+        return _dual_product(g, g.operand(x), weight)
     format_ = _stored_grid(weight)
-    return _float_product(g, x, ref) if format_ is None else _packed_product(g, x, weight, format_)
+    if format_ is None:
+        return _float_product(g, g.operand(x), ref)
+    if isinstance(x, Value) and x in g.rounded and multiplies_integers(format_):
+        return integer_product(g, g.rounded[x], weight, format_)
+    return _packed_product(g, g.operand(x), weight, format_)
 
 
 def _stored_grid(weight: Weight) -> IntegerFormat | None:
@@ -164,13 +169,13 @@ def _gather_any_bits(g: GraphWriter, ids: ir.Value, weight: Weight, format_: Int
         """[n, ..., 4, ...] without the rows of the strip that were not asked for."""
         return g.op("GatherND", g.op("Transpose", packed, perm=perm), lane, batch_dims=1)
 
-    code = _unpack(g, of_lane(g.op("Gather", codes, strip, axis=0), [0, 2, 1, 3]), bits, [0, -1])
+    code = unpack(g, of_lane(g.op("Gather", codes, strip, axis=0), [0, 2, 1, 3]), bits, [0, -1])
     code = g.op("Slice", code, g.const([0]), g.const([columns]), g.const([1])) if columns % 64 else code
     scale = g.op("Cast", of_lane(g.op("Gather", scales, strip, axis=0), [0, 2, 1]), to=FLOAT)
     if not zeros:
         zero = g.const(float(format_.midpoint), "f32")
     else:
-        pairs = _unpack(g, g.op("Gather", zeros[0], strip, axis=0), bits, [0, -1, STRIP])
+        pairs = unpack(g, g.op("Gather", zeros[0], strip, axis=0), bits, [0, -1, STRIP])
         even = of_lane(pairs, [0, 2, 1])
         zero = g.op("Slice", even, g.const([0]), g.const([groups]), g.const([1])) if groups % 2 else even
         zero = g.op("Unsqueeze", zero, g.const([2]))
@@ -178,20 +183,3 @@ def _gather_any_bits(g: GraphWriter, ids: ir.Value, weight: Weight, format_: Int
     values = g.op("Mul", g.op("Sub", grouped, zero), g.op("Unsqueeze", scale, g.const([2])))
     shape = g.op("Concat", g.op("Shape", ids), g.const([columns]), axis=0)
     return g.op("Reshape", values, shape)
-
-
-def _unpack(g: GraphWriter, packed: ir.Value, bits: int, shape: list[int]) -> ir.Value:
-    """Little-endian octets of `bits` bytes, eight codes each, as floats in a shape."""
-    starts = np.arange(8) * bits
-    low, shift = starts // 8, (starts % 8).astype(np.uint32)
-    octets = g.op("Reshape", packed, g.const([0, -1, bits]))
-    wide = g.op("Cast", octets, to=UINT32)
-    first = g.op("Gather", wide, g.const(low), axis=2)
-    second = g.op("Gather", wide, g.const(np.minimum(low + 1, bits - 1)), axis=2)
-    word = g.op("BitwiseOr", first, g.op("BitShift", second, g.const(8, "u32"), direction="LEFT"))
-    kept = g.op(
-        "BitwiseAnd",
-        g.op("BitShift", word, g.const(shift, "u32"), direction="RIGHT"),
-        g.const(2**bits - 1, "u32"),
-    )
-    return g.op("Reshape", g.op("Cast", kept, to=FLOAT), g.const(shape))

@@ -6,9 +6,9 @@ from typing import Any, Final
 import onnx_ir as ir
 
 from gammac.ir import Op
-from gammac.ir.interpret import SMALLEST_MAGNITUDE
 from gammac.targets.onnx.attention import lower_attention, lower_gqa, lower_rope, lower_rotary_table
 from gammac.targets.onnx.graph import DTYPES, MICROSOFT, GraphWriter
+from gammac.targets.onnx.integers import lower_fake_quantize
 from gammac.targets.onnx.linear import lower_embedding, lower_linear
 
 Lowering = Callable[[GraphWriter, Op], Sequence[ir.Value]]
@@ -16,6 +16,7 @@ Lowering = Callable[[GraphWriter, Op], Sequence[ir.Value]]
 LOWERINGS: Final[dict[str, Lowering]] = {
     "attention": lower_attention,
     "embedding": lower_embedding,
+    "fake_quantize": lower_fake_quantize,
     "gqa": lower_gqa,
     "linear": lower_linear,
     "rope": lower_rope,
@@ -68,18 +69,6 @@ def _layer_norm(g: GraphWriter, op: Op) -> ir.Value:
 @_lowering
 def _gelu(g: GraphWriter, op: Op) -> ir.Value:
     return g.op("Gelu", _first(g, op), approximate=op.attrs.get("approximate", "none"))
-
-
-@_lowering
-def _fake_quantize(g: GraphWriter, op: Op) -> ir.Value:
-    x, top = _first(g, op), float(2 ** (int(str(op.attrs["bits"])) - 1) - 1)
-    if "scale" in op.attrs:
-        step = _number(g, op, "scale")
-    else:
-        largest = g.op("ReduceMax", g.op("Abs", x), g.const([-1]), keepdims=1)
-        step = g.op("Div", g.op("Max", largest, g.const(SMALLEST_MAGNITUDE, "f32")), g.const(top, "f32"))
-    codes = g.op("Clip", g.op("Round", g.op("Div", x, step)), g.const(-top, "f32"), g.const(top, "f32"))
-    return g.op("Mul", codes, step)
 
 
 @_lowering
