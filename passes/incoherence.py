@@ -243,6 +243,8 @@ class _Turned:
                     f"{size} features have no two {self.options.kind} factors near their square root",
                     loc=loc, hint="compile without --incoherence, or with kronecker where it is hadamard",
                 )  # fmt: skip
+            # random is what weights are multiplied by: a Hadamard matrix before its signs would spread less
+            found = found.inverse if side == "out" else found
             left = self._serving(f"{name}.left", found.left.T)
             right = self._serving(f"{name}.right", found.right)
             self.factors[name] = _Factors(found, left, right)

@@ -203,6 +203,19 @@ def test_nothing_stands_out_afterwards(kind: str, module: Module, turned: Turn, 
         assert tails[1] < 4.5 < tails[0]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_all_weights_share_is_spread_too(kind: str, module: Module, ctx: Context) -> None:
+    """A mean that is not zero is a row of a Hadamard matrix: without signs it would be a spike."""
+    name = "layers.0.o.weight"
+    noise = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    flat = replace(module.weights[name], digest=ctx.store.put({"data": 1 + 0.1 * noise}))
+    found = Incoherence(kind).run(module.with_weights(flat), ctx)
+    weight = floats(found, ctx.store, name)
+    for dim in (0, 1):
+        # of 64 rows or columns none holds more than a third of all squares; unsigned, one holds all
+        assert weight.square().sum(dim).max() / weight.square().sum() < 1 / 3
+
+
 @pytest.mark.parametrize("options", WHOLE, ids=str)
 def test_gram_matrices_are_those_of_the_turned_inputs(
     options: Incoherence, module: Module, turned: Turn, ctx: Context, store: WeightStore
