@@ -208,7 +208,7 @@ def default_pipeline(
         *awq_of(choices),
         InsertKvCache(),
         KeepPrecision(),
-        *(() if compiler else (SplitRows(),)),
+        *(() if compiler or emitter == NO_EMITTER else (SplitRows(),)),
         # what each weight would lose in each format
         *((collect,) if needs_gram else ()),
         *incoherence,

@@ -90,7 +90,7 @@ def test_trained_planes_lose_less_than_a_trained_2_bit_grid() -> None:
     for quantizer, name in (("gptq", "w2g32-sym"), ("db_llm", "fdb2g32")):
         candidates = Candidates(name, "w8g32", quantizer)
         passes = (CollectGrams(), candidates, WeightMse(), Allocate(budget="2", tie=False))
-        module = Pipeline((*passes, LearnRounding(steps=60, rate=0.005))).run(llama(store), ctx)
+        module = Pipeline((*passes, LearnRounding(steps=60))).run(llama(store), ctx)
         rounding[name] = module.attrs["rounding"]
     grid, planes = rounding["w2g32-sym"], rounding["fdb2g32"]
     assert isinstance(grid, dict) and isinstance(planes, dict)

@@ -11,6 +11,7 @@ from test_cli import gammac as gammac
 from gammac import driver
 from gammac.cli import main
 from gammac.formats import parse_format
+from gammac.passes import Choices, default_pipeline
 from gammac.targets import cost
 from gammac.targets.target import BLOCK, TABLE, load_target
 
@@ -50,6 +51,11 @@ def test_compile_refuses_before_it_begins(
     monkeypatch.setattr(driver, "capture", None)  # whoever gets that far fails otherwise
     fails(gammac("compile", "tiny", "-o", tmp_path / "out", *QUICK, *arguments), *said)
     assert not list(tmp_path.iterdir())
+
+
+def test_its_weights_stay_whole_without_a_compiler() -> None:
+    passes = default_pipeline(Choices("pb2g64", quantizer="pb_llm"), "none", compiler=False)
+    assert not {"split_rows", "legalize_onnx"} & {p.name for p in passes}
 
 
 def test_a_sweep_measures_what_no_emitter_runs(tmp_path: Path, cache: Path) -> None:

@@ -5,7 +5,7 @@ that the quantizer chose.
 """
 
 from collections.abc import Mapping
-from typing import Final, Protocol
+from typing import ClassVar, Final, Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +19,10 @@ MARGIN: Final = 0.45  # of a cell, whose half is ½: how far from its code a lat
 
 
 class Latents(Protocol):
-    """What learning moves."""
+    """What learning moves. `pace` over the number of steps is the first step, unless one is asked for: in
+    units of a code, twice what a latent can travel if it always goes one way."""
+
+    pace: ClassVar[float]
 
     def quantized(self) -> Quantized:
         """The nearest codes, and scales as they are stored."""
@@ -42,6 +45,8 @@ def latents_of(weight: Tensor, start: Quantized) -> Latents:
 
 class GridLatents:
     """The real numbers behind integer codes [rows, columns] and their scales [rows, groups]."""
+
+    pace: ClassVar[float] = 1.0
 
     def __init__(self, weight: Tensor, start: Quantized) -> None:
         assert isinstance(start.format, IntegerFormat)
@@ -80,6 +85,9 @@ class GridLatents:
 class DualLatents:
     """The real numbers behind the codes of two binary planes [rows, columns], which count the four levels
     of a group upwards, and behind α₁ and α₂ [rows, groups, 2]."""
+
+    # scales that were fitted to the codes leave less to gain: `tiny` comes to KL 0.0040, and to 0.0054 at 1
+    pace: ClassVar[float] = 0.3
 
     def __init__(self, weight: Tensor, start: Quantized) -> None:
         assert isinstance(start.format, DualBinaryFormat)

@@ -42,7 +42,7 @@ APART: Final = 8  # every so manieth batch of windows is set apart
 @dataclass(frozen=True)
 class LearnRounding:
     """`steps` of `batch` windows each in a block; `rate`: a first step in units of a code, falling linearly
-    (0: one over the steps); `scale_rate`: the same of the logarithm of a scale."""
+    (0: the latents' own pace over the steps); `scale_rate`: the same of the logarithm of a scale."""
 
     name: ClassVar[str] = "learn_rounding"
     reads: ClassVar[tuple[str, ...]] = ("calibration", "seed")
@@ -178,8 +178,8 @@ class _Learner:
             out = self._put_out(segment, index, batch, lambda n: leaves[n] if n in leaves else fixed(n))
             loss = loss + _squared(out, self._wanted(segment, index, batch))
         gradients = torch.autograd.grad(loss, list(leaves.values()))
-        rate = self.options.rate or 1 / self.options.steps
         for x, gradient in zip(latents.values(), gradients, strict=True):
+            rate = self.options.rate or x.pace / self.options.steps
             x.move(gradient, rate * left, self.options.scale_rate * left)
 
     def _error(self, segment: Segment, index: int, tried: Mapping[str, Quantized], fixed: Weights) -> float:
