@@ -94,7 +94,7 @@ class _Problem:
 
     def _root_mean_squares(self) -> Tensor:
         """[rows, groups]."""
-        groups = self.weight.square().split(self.format.inputs_per_scale(self.weight.shape[1]), 1)
+        groups = torch.split(self.weight.square(), self.format.inputs_per_scale(self.weight.shape[1]), 1)
         return torch.stack([group.mean(1).sqrt() for group in groups], 1)
 
     def loss(self, coded: Quantized) -> float:
