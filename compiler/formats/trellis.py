@@ -79,17 +79,19 @@ class TrellisFormat(Format):
         )
 
     def states(self, codes: Tensor) -> Tensor:
-        """The state of each weight, i64 [columns, rows], from codes u8 [columns, rows] of k bits."""
+        """The state of each weight, i32 [columns, rows], from codes u8 [columns, rows] of k bits."""
         bounds = tile_bounds(codes.shape[1])
-        tiles = [codes[:, a:b].long() for a, b in pairwise(bounds)]
+        tiles = [codes[:, a:b].int() for a, b in pairwise(bounds)]
         return torch.cat([self._windows(tile) for tile in tiles], 1)
 
     def _windows(self, tile: Tensor) -> Tensor:
-        """The last L bits at each place of a stream that goes round, i64 [columns, T]."""
-        states = torch.zeros_like(tile)
-        for back in range(-(-self.state_bits // self.bits)):
-            states += tile.roll(back, 1) << (self.bits * back)
-        return states & ((1 << self.state_bits) - 1)
+        """The last L bits at each place of a stream that goes round, i32 [columns, T]."""
+        codes = 1
+        while codes * self.bits < self.state_bits:
+            # what a place has seen, behind what the place so many codes before it has seen
+            tile = tile.roll(codes, 1) << (codes * self.bits) | tile
+            codes *= 2
+        return tile & ((1 << self.state_bits) - 1)
 
 
 def tile_bounds(rows: int) -> list[int]:

@@ -55,10 +55,21 @@ class Tcq:
 
     def _coded(self, problem: "_Problem") -> Quantized:
         if self.clip == "none":
-            return problem.sweep(GAUSSIAN_FACTOR)
+            coded = problem.sweep(GAUSSIAN_FACTOR)
+            return problem.format.quantized(coded.codes, coded.scales.half())
         sample = problem.smaller()
         losses = [sample.loss(sample.sweep(factor)) for factor in FACTORS]
-        return problem.stretched(problem.sweep(FACTORS[losses.index(min(losses))]))
+        coded = problem.sweep(FACTORS[losses.index(min(losses))])
+        return problem.format.quantized(coded.codes, problem.stretched(coded).half())
+
+
+@dataclass(frozen=True)
+class _Coded:
+    """Codes u8 [columns, rows], scales f32 [rows, groups], and the values [rows, columns] of both."""
+
+    codes: Tensor
+    scales: Tensor
+    values: Tensor
 
 
 @dataclass(frozen=True)
@@ -76,39 +87,36 @@ class _Problem:
         format_ = replace(self.format, state_bits=min(SEARCH_STATE_BITS, self.format.state_bits))
         return replace(self, weight=self.weight[:: -(-len(self.weight) // SEARCH_ROWS)], format=format_)
 
-    def sweep(self, factor: float) -> Quantized:
+    def sweep(self, factor: float) -> _Coded:
         """The weight coded column by column; a scale is `factor` times the root mean square under it."""
         rows, columns = self.weight.shape
         size, branches = self.format.inputs_per_scale(columns), 1 << self.format.bits
         scales = _stored(self._root_mean_squares() * factor)
         left = self.weight[:, self.order].contiguous()
         values = code_values(self.format.bits, self.format.state_bits).reshape(-1, branches).T.contiguous()
-        codes = np.empty((columns, rows), np.uint8)
+        codes, found = torch.empty(columns, rows, dtype=torch.uint8), torch.empty(columns, rows)
         sweep_strips(
             left.numpy(), self.factor.numpy(), scales.numpy(), (self.order // size).numpy(),
-            values.numpy(), np.array(tile_bounds(rows)), codes, tuple(range(branches)),
+            values.numpy(), np.array(tile_bounds(rows)), codes.numpy(), found.numpy(), tuple(range(branches)),
         )  # fmt: skip
-        restored = torch.empty(columns, rows, dtype=torch.uint8)
-        restored[self.order] = torch.from_numpy(codes)
-        return self.format.quantized(restored, scales.half())
+        place = torch.argsort(self.order)
+        return _Coded(codes[place], scales, found[place].T)
 
     def _root_mean_squares(self) -> Tensor:
         """[rows, groups]."""
         groups = torch.split(self.weight.square(), self.format.inputs_per_scale(self.weight.shape[1]), 1)
         return torch.stack([group.mean(1).sqrt() for group in groups], 1)
 
-    def loss(self, coded: Quantized) -> float:
+    def loss(self, coded: _Coded) -> float:
         """tr(Δ G Δᵀ)."""
-        delta = coded.dequantize() - self.weight
+        delta = coded.values - self.weight
         return float(((delta @ self.gram) * delta).sum())
 
-    def stretched(self, coded: Quantized) -> Quantized:
-        """The same codes, each row times what brings it nearest to the weight, as G measures it."""
-        values = coded.dequantize()
-        energy = ((values @ self.gram) * values).sum(1).clamp(min=1e-30)
-        factors = ((self.weight @ self.gram) * values).sum(1) / energy
-        scales = _stored(coded.scales.float() * factors[:, None])
-        return Quantized(self.format, {**coded.parts, "scales": scales.half()})
+    def stretched(self, coded: _Coded) -> Tensor:
+        """The scales with each row times what brings it nearest to the weight, as G measures it."""
+        seen = coded.values @ self.gram
+        factors = (seen * self.weight).sum(1) / (seen * coded.values).sum(1).clamp(min=1e-30)
+        return _stored(coded.scales * factors[:, None])
 
 
 def on_trellises(formats: Sequence[Format], rows: int) -> list[TrellisFormat]:

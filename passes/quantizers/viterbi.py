@@ -114,13 +114,13 @@ def encode(
 @_compiled_in_parallel
 def sweep_strips(
     left: Floats, factor: Floats, scales: Floats, groups: Integers, values: Floats, bounds: Integers,
-    codes: Bytes, digits: Digits,
+    codes: Bytes, found: Floats, digits: Digits,
 ) -> None:  # fmt: skip
     """Code the columns in turn, each tile against what the columns before it left over.
 
     left [rows, columns] is changed in place; factor [columns, columns] is upper triangular; scales [rows,
     groups]; groups [columns]; values as in `encode`; bounds [tiles + 1] of the rows. Fills codes [columns,
-    rows] of k bits.
+    rows] of k bits and found [columns, rows], the values that they stand for.
     """
     branches, inner = len(digits), values.shape[1] // len(digits)
     for strip in numba.prange(len(bounds) - 1):
@@ -139,7 +139,7 @@ def sweep_strips(
             for t in range(length):
                 code = states[t] % branches
                 value = steps[t] * values[code, states[t] // branches]
-                codes[c, first + t] = code
+                codes[c, first + t], found[c, first + t] = code, value
                 error = (left[first + t, c] - value) / factor[c, c]
                 for j in range(c + 1, left.shape[1]):
                     left[first + t, j] -= error * factor[c, j]
