@@ -1,0 +1,18 @@
+"""Linear layers with packed weights of 1 to 8 bits, generated in TIR from a format."""
+
+from gammac.targets.tvm.kernels.isa import ISAS, Isa, isa_of
+from gammac.targets.tvm.kernels.layout import Layout, pack, packed_bytes
+from gammac.targets.tvm.kernels.linear import Kernel, Operand, decode_linear, prefill_linear
+
+__all__ = [
+    "ISAS",
+    "Isa",
+    "Kernel",
+    "Layout",
+    "Operand",
+    "decode_linear",
+    "isa_of",
+    "pack",
+    "packed_bytes",
+    "prefill_linear",
+]
