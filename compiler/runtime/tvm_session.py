@@ -35,7 +35,7 @@ COMPILE_AGAIN: Final = "compile the model again on this machine, or for its targ
 
 
 class TvmSession:
-    """A decoder in a folder with model.so, model.params and model.json. Raises CompileError when it was built
+    """A decoder in a folder with model.so, model.params, model.json. Raises CompileError when it was built
     by another TVM or for another processor, or can't be loaded."""
 
     kind = "decoder"

@@ -19,6 +19,7 @@ from gammac.targets.tvm.params import ParamFile
 from gammac.targets.tvm.products import lower_embedding, lower_linear
 from gammac.targets.tvm.program import INTEGER, FunctionWriter, Program, Tensor, whole
 from gammac.targets.tvm.tir import tables
+from gammac.targets.tvm.tir.attention import BLOCK, Tiling
 from gammac.weights import WeightStore
 
 IDS: Final = "input_ids"
@@ -80,8 +81,6 @@ def _once(ops: list[Op]) -> list[Op]:
 
 def capacity_of(module: Module) -> int:
     """Rows of the caches: the module's context, rounded up to whole blocks."""
-    from gammac.targets.tvm.tir.attention import BLOCK
-
     return -(-int(str(module.attrs["max_positions"])) // BLOCK) * BLOCK
 
 
@@ -100,8 +99,8 @@ def _write(name: str, f: FunctionWriter, module: Module, store: WeightStore, isa
     function = module.functions["decode"]
     users = Counter(o for op in function.ops for o in op.operands if isinstance(o, Value))
     users.update(o for o in function.returns if isinstance(o, Value))
-    tile = 8 if isa.vector_bits >= 512 else 4
-    at = Lowering(module, store, f, lower_linear, lower_embedding, capacity, tile, users)
+    tiling = Tiling(8, 16) if isa.vector_bits >= 512 else Tiling(4, 4)
+    at = Lowering(module, store, f, lower_linear, lower_embedding, capacity, tiling, users)
     builder = f.program.builder
     with builder.function(name, f.arguments):
         with builder.dataflow():

@@ -10,7 +10,7 @@ from gammac.formats import load_float
 from gammac.ir import Module, Op, Operand, Value, WeightRef
 from gammac.targets.tvm.program import FunctionWriter, Lazy, Node, Part, Tensor, apply, number, one_row, whole
 from gammac.targets.tvm.tir import norms, tables
-from gammac.targets.tvm.tir.attention import Heads, Rows, append, attention
+from gammac.targets.tvm.tir.attention import Heads, Rows, Tiling, append, attention
 from gammac.weights import WeightStore
 
 
@@ -24,9 +24,7 @@ class Lowering:
     linear: Callable[["Lowering", Op, Tensor], Node]
     gather: Callable[["Lowering", Op, Tensor], Tensor]
     capacity: int
-    tile: int
-    """Rows that share the reading of keys in attention."""
-
+    tiling: Tiling
     users: Mapping[Value, int]
     values: dict[Value, Node] = field(default_factory=dict)
 
@@ -185,8 +183,8 @@ def _gqa(at: Lowering, op: Op) -> Sequence[Node]:
     width, n = h.heads * h.dim, at.f.rows
     out = at.f.type_of(n, width)
     q = at.f.call_inplace("append", (n, h, rows), lambda: append(n, h, rows), args, caches, out)
-    tile = 1 if n == 1 else at.tile
-    y = at.f.call("attention", (n, h, tile), lambda: attention(n, h, tile), [at.f.past, q, *caches], out)
+    sizes = (n, h, at.tiling)
+    y = at.f.call("attention", sizes, lambda: attention(*sizes), [at.f.past, q, *caches], out)
     return [whole(Tensor(y, n, width)), at.node(key), at.node(value)]
 
 

@@ -138,46 +138,59 @@ def _turned(x: _Head, head: Any, h: Heads, tables: list[Any], write: Any, lanes:
 # ---- attention ----------------------------------------------------------------------------------
 
 
-def attention(rows: int | None, h: Heads, tile: int) -> Any:
+@dataclass(frozen=True)
+class Tiling:
+    """How many rows share the reading of keys and values, and sums of 16 lanes that registers hold."""
+
+    rows: int
+    sums: int
+
+
+def attention(rows: int | None, h: Heads, tiling: Tiling) -> Any:
     """(past i64 [1], q [rows, heads * dim], keys, values) → y [rows, heads * dim].
 
-    Row i sees the keys up to past + i, and of those the last `window`. `tile` rows share the reading of keys
-    and values; their scores, [tile, capacity], are all that is stored.
+    Row i sees the keys up to past + i, and of those the last `window`. The scores of a tile of rows, as
+    many as the cache has keys, are all that is stored.
     """
     with kernel() as k:
         n = rows_of(rows)
         past, q = k.arg("past", (1,), "int64"), k.arg("q", (n, h.heads * h.dim))
         keys, values = k.arg("keys", h.key_shape), k.arg("values", h.value_shape)
         y = k.arg("y", (n, h.heads * h.dim))
-        tiles = (n + tile - 1) // tile
-        # tiles see more keys the later they are: neighbours go to different threads
-        with T.parallel(0, h.heads * tiles) as unit:
-            head, first = unit % h.heads, T.Bind(unit // h.heads * tile)
+        tile = 1 if rows == 1 else tiling.rows
+        # late tiles see more keys than early ones: taken head by head, threads would get unequal parts
+        with T.parallel(0, h.heads * ((n + tile - 1) // tile)) as unit:
+            first = T.Bind(unit // h.heads * tile)
+            # rows behind the end repeat the last one
             row = [T.Bind(T.min(first + i, n - 1)) for i in range(tile)]
-            at = [T.Bind(past[0] + T.cast(r, "int64")) for r in row]
-            work = _Tile(h, q, T.Bind(head * h.kv_heads // h.heads), head, row, at)
+            work = _Tile(h, q, unit % h.heads, row, past[0])
             work.scores(keys)
             work.softmax()
-            work.mix(values, y)
+            work.mix(values, y, tiling.sums)
     return k.primfunc
 
 
 class _Tile:
     """Some queries of one head: their scores, and the blocks of keys that any of them sees."""
 
-    def __init__(self, h: Heads, q: Any, kv_head: Any, head: Any, row: list[Any], at: list[Any]) -> None:
-        self.h, self.q, self.kv_head, self.head, self.row, self.at = h, q, kv_head, head, row, at
+    def __init__(self, h: Heads, q: Any, head: Any, row: list[Any], past: Any) -> None:
+        self.h, self.q, self.head, self.row = h, q, head, row
+        self.kv_head = T.Bind(head * h.kv_heads // h.heads)
         self.s = T.alloc_buffer((len(row), h.capacity), "float32")
-        self.largest = [Accumulator(HIDDEN, T.max) for _ in row]
-        self.total = [Accumulator(0.0, add) for _ in row]
-        self.end = T.Bind(at[-1] // BLOCK + 1)
-        self.begin = T.Bind(T.max(at[0] - h.window + 1, T.int64(0)) // BLOCK) if h.window else T.int64(0)
+        self.at, self.total = (T.alloc_buffer((len(row),), kind) for kind in ("int32", "float32"))
+        for m, r in enumerate(row):
+            T.buffer_store(self.at, T.cast(past + T.cast(r, "int64"), "int32"), [m])
+        self.seen = T.Bind(self.at[len(row) - 1] + 1)
+        self.end = T.Bind((self.seen + BLOCK - 1) // BLOCK)
+        self.begin: Any = 0
+        if h.window:
+            self.begin = T.Bind(T.max(self.at[0] + 1 - h.window, 0) // BLOCK)
 
     def _blocks(self) -> Any:
         return T.serial(0, self.end - self.begin)
 
     def scores(self, keys: Any) -> None:
-        """s = q · k, capped, hidden where the query doesn't see; the largest of each row."""
+        """s = q · k"""
         chains = CHAINS if len(self.row) == 1 and self.h.dim % CHAINS == 0 else 1
         sums = [[T.alloc_buffer((BLOCK,), "float32") for _ in range(chains)] for _ in self.row]
         with self._blocks() as i:
@@ -191,68 +204,73 @@ class _Tile:
                     for m, row in enumerate(self.row):
                         feature = splat(self.q[row, self.head * self.h.dim + d], BLOCK)
                         store(sums[m][c], load(sums[m][c], 0) + key * feature, 0)
-            for m in range(len(self.row)):
-                self._keep(m, block, sums[m])
-
-    def _keep(self, m: int, block: Any, sums: list[Any]) -> None:
-        for other in sums[1:]:
-            store(sums[0], load(sums[0], 0) + load(other, 0), 0)
-        score = load(sums[0], 0)
-        if self.h.softcap:
-            cap = splat(self.h.softcap, BLOCK)
-            score = vectors.tanh(score / cap, BLOCK) * cap
-        place = T.Bind(T.ramp(T.cast(block * BLOCK, "int32"), 1, BLOCK))
-        last = T.Bind(T.cast(self.at[m], "int32"))
-        score = tirx.Select(place <= splat(last, BLOCK), score, splat(HIDDEN, BLOCK))
-        if self.h.window:
-            first = splat(last - T.int32(self.h.window), BLOCK)
-            score = tirx.Select(place > first, score, splat(HIDDEN, BLOCK))
-        score = T.Bind(score)
-        store(self.s, score, m, block * BLOCK)
-        self.largest[m].take(score, BLOCK)
+            for m, (first, *others) in enumerate(sums):
+                store(self.s, sum((load(other, 0) for other in others), load(first, 0)), m, block * BLOCK)
 
     def softmax(self) -> None:
-        """s becomes e^(s - largest), and `total` its sum."""
-        for m in range(len(self.row)):
-            largest = self.largest[m].result()
+        """s becomes e^(s - largest), nothing where the query doesn't see; `total` its sum."""
+        largest, total = Accumulator(HIDDEN, T.max), Accumulator(0.0, add)
+        with T.serial(0, len(self.row)) as m:
+            largest.clear()
+            total.clear()
             with self._blocks() as i:
                 place = T.Bind((self.begin + i) * BLOCK)
-                e = vectors.exp(load(self.s, m, place) - splat(largest, BLOCK), BLOCK)
+                score = self._seen(m, place, load(self.s, m, place))
+                store(self.s, score, m, place)
+                largest.take(score, BLOCK)
+            most = largest.result()
+            with self._blocks() as i:
+                place = T.Bind((self.begin + i) * BLOCK)
+                e = vectors.exp(load(self.s, m, place) - splat(most, BLOCK), BLOCK)
                 # what is far below the largest is nothing, and what is hidden must be
                 e = T.Bind(tirx.Select(e > splat(2e-38, BLOCK), e, splat(0.0, BLOCK)))
                 store(self.s, e, m, place)
-                self.total[m].take(e, BLOCK)
+                total.take(e, BLOCK)
+            T.buffer_store(self.total, T.float32(1) / total.result(), [m])
 
-    def mix(self, values: Any, y: Any) -> None:
+    def _seen(self, m: Any, place: Any, score: Any) -> Any:
+        """Scores, capped, and hidden behind the query and before its window."""
+        if self.h.softcap:
+            cap = splat(self.h.softcap, BLOCK)
+            score = vectors.tanh(score / cap, BLOCK) * cap
+        keys, last = T.Bind(T.ramp(place, 1, BLOCK)), T.Bind(self.at[m])
+        score = tirx.Select(keys <= splat(last, BLOCK), score, splat(HIDDEN, BLOCK))
+        if self.h.window:
+            first = splat(last - self.h.window, BLOCK)
+            score = tirx.Select(keys > first, score, splat(HIDDEN, BLOCK))
+        return T.Bind(score)
+
+    def mix(self, values: Any, y: Any, sums_at_once: int) -> None:
         """y = s @ v / total"""
-        factor = [T.Bind(T.float32(1) / total.result()) for total in self.total]
-        vectors_at_once = max(1, 16 // len(self.row) // 2)
         # the last block may reach behind the rows that were ever written: only what is seen is read
-        first, end = T.Bind(self.begin * BLOCK), T.Bind(self.at[-1] + 1)
+        first = T.Bind(self.begin * BLOCK)
 
         def part(start: Any, lanes: int, count: int) -> None:
             sums = [[T.alloc_buffer((lanes,), "float32") for _ in range(count)] for _ in self.row]
             for buffer in chain(*sums):
                 store(buffer, splat(0.0, lanes), 0, lanes=lanes)
-            with T.serial(0, end - first) as i:
+            with T.serial(0, self.seen - first) as i:
                 for c in range(count):
                     v = T.Bind(load(values, self.kv_head, first + i, start + c * lanes, lanes=lanes))
                     for m in range(len(self.row)):
-                        seen = splat(self.s[m, first + i], lanes)
-                        store(sums[m][c], load(sums[m][c], 0, lanes=lanes) + v * seen, 0, lanes=lanes)
+                        weight = splat(self.s[m, first + i], lanes)
+                        store(sums[m][c], load(sums[m][c], 0, lanes=lanes) + v * weight, 0, lanes=lanes)
             for m, row in enumerate(self.row):
                 for c in range(count):
-                    value = load(sums[m][c], 0, lanes=lanes) * splat(factor[m], lanes)
+                    value = load(sums[m][c], 0, lanes=lanes) * splat(self.total[m], lanes)
                     store(y, value, row, self.head * self.h.dim + start + c * lanes, lanes=lanes)
 
-        _in_groups(self.h.dim, vectors_at_once, part)
+        _in_groups(self.h.dim, max(1, sums_at_once // len(self.row)), part)
 
 
 def _in_groups(width: int, count: int, part: Any) -> None:
     """`part(start, lanes, vectors)` over a width, some vectors at once where they are whole."""
+    count = max(1, min(count, width // LANES))
     group = count * LANES
     whole = width // group
-    if whole:
+    if whole == 1:
+        part(0, LANES, count)
+    elif whole:
         with T.serial(0, whole) as i:
             part(i * group, LANES, count)
     chunks(width - whole * group, lambda start, lanes: part(whole * group + start, lanes, 1))
