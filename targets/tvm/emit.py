@@ -13,10 +13,10 @@ from gammac.ir import Function, Module, Op, Value, WeightRef
 from gammac.targets.tvm.build import build_library, demand_linker
 from gammac.targets.tvm.description import FUNCTIONS, Description
 from gammac.targets.tvm.kernels.isa import Isa
-from gammac.targets.tvm.lowerings import LOWERINGS, Lowering, heads_of
+from gammac.targets.tvm.lowering import Lowering
+from gammac.targets.tvm.lowerings import LOWERINGS, heads_of
 from gammac.targets.tvm.names import MODEL_FILES
 from gammac.targets.tvm.params import ParamFile
-from gammac.targets.tvm.products import lower_embedding, lower_linear
 from gammac.targets.tvm.program import INTEGER, FunctionWriter, Program, Tensor, whole
 from gammac.targets.tvm.tir import tables
 from gammac.targets.tvm.tir.attention import BLOCK, Tiling
@@ -100,7 +100,7 @@ def _write(name: str, f: FunctionWriter, module: Module, store: WeightStore, isa
     users = Counter(o for op in function.ops for o in op.operands if isinstance(o, Value))
     users.update(o for o in function.returns if isinstance(o, Value))
     tiling = Tiling(8, 16) if isa.vector_bits >= 512 else Tiling(4, 4)
-    at = Lowering(module, store, f, lower_linear, lower_embedding, capacity, tiling, users)
+    at = Lowering(module, store, f, isa, capacity, tiling, users)
     builder = f.program.builder
     with builder.function(name, f.arguments):
         with builder.dataflow():

@@ -1,48 +1,15 @@
 """The table from gammac's ops to nodes of a Relax function. An op that it lacks can't be emitted."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any, Final
 
-from gammac.diagnostics import CompileError
-from gammac.formats import load_float
-from gammac.ir import Module, Op, Operand, Value, WeightRef
-from gammac.targets.tvm.program import FunctionWriter, Lazy, Node, Part, Tensor, apply, number, one_row, whole
+from gammac.ir import Op, Operand, Value, WeightRef
+from gammac.targets.tvm.lowering import Lowering
+from gammac.targets.tvm.products import lower_embedding, lower_linear
+from gammac.targets.tvm.program import Lazy, Node, Part, Tensor, apply, number, one_row, whole
 from gammac.targets.tvm.tir import norms, tables
-from gammac.targets.tvm.tir.attention import Heads, Rows, Tiling, append, attention
-from gammac.weights import WeightStore
-
-
-@dataclass
-class Lowering:
-    """What lowering an op may look at: the module, the function under construction, values so far."""
-
-    module: Module
-    store: WeightStore
-    f: FunctionWriter
-    linear: Callable[["Lowering", Op, Tensor], Node]
-    gather: Callable[["Lowering", Op, Tensor], Tensor]
-    capacity: int
-    tiling: Tiling
-    users: Mapping[Value, int]
-    values: dict[Value, Node] = field(default_factory=dict)
-
-    def node(self, operand: Operand) -> Node:
-        """What stands for an operand that is no weight."""
-        assert isinstance(operand, Value), f"a weight can't stand here: {operand}"
-        return self.values[operand]
-
-    def tensor(self, operand: Operand) -> Tensor:
-        """An operand, computed."""
-        return self.f.tensor(self.node(operand))
-
-    def floats(self, operand: Operand) -> Any:
-        """A float weight as a parameter, as it is shaped in the module."""
-        assert isinstance(operand, WeightRef)
-        weight = self.module.weights[operand.name]
-        return self.f.param(operand.name, lambda: load_float(weight, self.store).numpy())
-
+from gammac.targets.tvm.tir.attention import Heads, Rows, append, attention
 
 Lower = Callable[[Lowering, Op], Sequence[Node]]
 LOWERINGS: Final[dict[str, Lower]] = {}
@@ -157,14 +124,8 @@ def _norm(at: Lowering, op: Op, kind: str, make: Callable[..., Any]) -> Node:
     return whole(Tensor(var, x.rows, x.width))
 
 
-@_lowering
-def _embedding(at: Lowering, op: Op) -> Node:
-    return whole(at.gather(at, op, at.tensor(op.operands[0])))
-
-
-@_lowering
-def _linear(at: Lowering, op: Op) -> Node:
-    return at.linear(at, op, at.tensor(op.operands[0]))
+LOWERINGS["embedding"] = lambda at, op: [lower_embedding(at, op)]
+LOWERINGS["linear"] = lambda at, op: [lower_linear(at, op)]
 
 
 # ---- attention ----------------------------------------------------------------------------------
@@ -238,8 +199,3 @@ def _rotary(at: Lowering, op: Op, inv_freq: Operand, half: int) -> list[Any]:
 
     made: list[Any] = at.f.shared(f"rotary {inv_freq.name} {scaling}", make)
     return made
-
-
-def refuse(what: str, loc: str, hint: str = "--backend onnx runs it") -> CompileError:
-    """The error for what TVM kernels don't cover."""
-    return CompileError(what, loc=loc, hint=hint)

@@ -2,11 +2,14 @@
 
 from typing import Any
 
-from gammac.formats import load_float, stored_format
-from gammac.ir import Op, Value, Weight, WeightRef
-from gammac.targets.tvm.lowerings import Lowering, refuse
-from gammac.targets.tvm.program import Node, Tensor, whole
+from gammac.diagnostics import CompileError
+from gammac.formats import load_float, load_quantized, stored_format
+from gammac.ir import Op, Weight, WeightRef
+from gammac.targets.tvm.kernels import Layout, decode_linear, pack, prefill_linear
+from gammac.targets.tvm.lowering import Lowering
+from gammac.targets.tvm.program import Node, Tensor, apply, one_row, whole
 from gammac.targets.tvm.tir import tables
+from gammac.targets.tvm.tir.packed_rows import packed_rows
 from gammac.targets.tvm.tir.panels import float_linear, pack_panels
 
 
@@ -14,35 +17,98 @@ def weight_of(at: Lowering, op: Op) -> Weight:
     """The weight of a linear or an embedding. Raises CompileError where it is computed."""
     ref = op.operands[1]
     if not isinstance(ref, WeightRef):
-        raise refuse(f"TVM kernels multiply by weights only, and {op.name} gets a computed one", op.loc)
+        raise CompileError(
+            f"{op.name} by a computed matrix has no TVM kernel", loc=op.loc, hint="--backend onnx runs it"
+        )
     return at.module.weights[ref.name]
 
 
-def panels(at: Lowering, weight: Weight, *, whole: bool = True) -> Any:
-    """A float weight in panels of 16 rows, as a parameter."""
-    return at.f.param(
-        f"{weight.name}.panels", lambda: pack_panels(load_float(weight, at.store).numpy()), whole=whole
-    )
+def _sizes(weight: Weight) -> tuple[int, int]:
+    rows, columns = weight.type.shape
+    assert isinstance(rows, int) and isinstance(columns, int)
+    return rows, columns
 
 
-def lower_linear(at: Lowering, op: Op, x: Tensor) -> Node:
+def _layout(weight: Weight) -> Layout | None:
+    format_ = stored_format(weight)
+    return Layout(format_, *_sizes(weight)) if format_ else None
+
+
+# ---- parameters ---------------------------------------------------------------------------------
+
+
+def _panels(at: Lowering, weight: Weight, *, whole: bool = True) -> Any:
+    """A float weight in panels of 16 rows."""
+    name = f"{weight.name}.panels"
+    return at.f.param(name, lambda: pack_panels(load_float(weight, at.store).numpy()), whole=whole)
+
+
+def _packed(at: Lowering, weight: Weight, *, whole: bool = True) -> list[Any]:
+    """Codes, scales and zeros, packed when the first of them is written."""
+    arrays: dict[str, Any] = {}
+
+    def array(kind: str) -> Any:
+        if not arrays:
+            arrays.update(pack(load_quantized(weight, at.store), at.isa))
+        return arrays[kind]
+
+    layout = _layout(weight)
+    assert layout is not None
+    kinds = ("codes", "scales") if layout.format.symmetric else ("codes", "scales", "zeros")
+    return [
+        at.f.param(f"{weight.name}.{kind}", lambda kind=kind: array(kind), whole=whole)  # type: ignore[misc]
+        for kind in kinds
+    ]
+
+
+# ---- linear -------------------------------------------------------------------------------------
+
+
+def lower_linear(at: Lowering, op: Op) -> Node:
     """x @ weight.T + bias"""
-    weight = weight_of(at, op)
-    outputs, inputs = (int(str(size)) for size in weight.type.shape)
+    x, weight = at.tensor(op.operands[0]), weight_of(at, op)
     bias = [at.floats(o) for o in op.operands[2:]]
+    layout = _layout(weight)
+    if layout is None:
+        return whole(_float_product(at, x, weight, bias))
+    y = whole(_packed_product(at, x, weight, layout))
+    return apply("add", y, one_row(bias[0], y)) if bias else y
+
+
+def _float_product(at: Lowering, x: Tensor, weight: Weight, bias: list[Any]) -> Tensor:
+    outputs, inputs = _sizes(weight)
     key = (x.rows, outputs, inputs, bool(bias))
-    args = [x.var, panels(at, weight), *bias]
-    y = at.f.call("float_linear", key, lambda: float_linear(*key), args, at.f.type_of(x.rows, outputs))
-    return whole(Tensor(y, x.rows, outputs))
+    args = [x.var, _panels(at, weight), *bias]
+    out = at.f.type_of(x.rows, outputs)
+    return Tensor(at.f.call("float_linear", key, lambda: float_linear(*key), args, out), x.rows, outputs)
 
 
-def lower_embedding(at: Lowering, op: Op, ids: Tensor) -> Tensor:
+def _packed_product(at: Lowering, x: Tensor, weight: Weight, layout: Layout) -> Tensor:
+    make = decode_linear if x.rows == 1 else prefill_linear
+    kind = f"{'decode' if x.rows == 1 else 'prefill'}_{layout.format.name.replace('-', '_')}"
+    args = [x.var, *_packed(at, weight)]
+    var = at.f.call(
+        kind, layout, lambda: make(layout.format, layout.rows, layout.columns, at.isa, integer=False).func,
+        args, at.f.type_of(x.rows, layout.rows),
+    )  # fmt: skip
+    return Tensor(var, x.rows, layout.rows)
+
+
+# ---- embedding ----------------------------------------------------------------------------------
+
+
+def lower_embedding(at: Lowering, op: Op) -> Node:
     """Rows of a table."""
-    weight = weight_of(at, op)
-    key = (ids.rows, *(int(str(size)) for size in weight.type.shape))
-    out = at.f.type_of(ids.rows, key[2])
-    args = [ids.var, panels(at, weight, whole=False)]
-    return Tensor(at.f.call("embedding", key, lambda: tables.embedding(*key), args, out), ids.rows, key[2])
-
-
-__all__ = ["Value", "lower_embedding", "lower_linear", "stored_format"]
+    ids, weight = at.tensor(op.operands[0]), weight_of(at, op)
+    layout, (entries, width) = _layout(weight), _sizes(weight)
+    out = at.f.type_of(ids.rows, width)
+    if layout is None:
+        key = (ids.rows, entries, width)
+        args = [ids.var, _panels(at, weight, whole=False)]
+        var = at.f.call("embedding", key, lambda: tables.embedding(*key), args, out)
+    else:
+        args = [ids.var, *_packed(at, weight, whole=False)]
+        var = at.f.call(
+            "packed_rows", (ids.rows, layout), lambda: packed_rows(ids.rows, layout, at.isa), args, out
+        )
+    return whole(Tensor(var, ids.rows, width))
