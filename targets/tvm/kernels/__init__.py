@@ -2,7 +2,9 @@
 
 from gammac.targets.tvm.kernels.isa import ISAS, Isa, isa_of
 from gammac.targets.tvm.kernels.layout import Layout, pack, packed_bytes
-from gammac.targets.tvm.kernels.linear import Kernel, Operand, decode_linear, prefill_linear
+from gammac.targets.tvm.kernels.linear import decode_linear, prefill_linear
+from gammac.targets.tvm.kernels.lowering import lowering
+from gammac.targets.tvm.kernels.operands import Kernel, Operand
 
 __all__ = [
     "ISAS",
@@ -12,6 +14,7 @@ __all__ = [
     "Operand",
     "decode_linear",
     "isa_of",
+    "lowering",
     "pack",
     "packed_bytes",
     "prefill_linear",

@@ -1,4 +1,4 @@
-"""Instruction sets as data: what LLVM is told, which dot product there is, how many sums fit the registers."""
+"""Instruction sets as data: what LLVM is told, which dot product there is, how many sums fit."""
 
 import platform
 from collections.abc import Mapping

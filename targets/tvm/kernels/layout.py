@@ -85,7 +85,12 @@ class Layout:
     @property
     def padded_columns(self) -> int:
         """Length of a row of quantized activations."""
-        return ceil_div(self.columns, PADDING) * PADDING
+        return self.padded(self.columns)
+
+    @staticmethod
+    def padded(columns: int) -> int:
+        """A number of inputs, rounded up to the largest superstep."""
+        return ceil_div(columns, PADDING) * PADDING
 
     @cached_property
     def segment(self) -> int:
