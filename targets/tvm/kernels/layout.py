@@ -115,6 +115,11 @@ class Layout:
         return lcm(self.segment, self.superstep)
 
 
+def activation_group(format_: Format, columns: int) -> int:
+    """Inputs that share a scale when activations are quantized for a weight. Raises CompileError."""
+    return Layout(format_, 1, columns).segment
+
+
 def _cut(codes: npt.NDArray[np.uint8], layout: Layout) -> npt.NDArray[np.uint8]:
     """Padded codes [rows, columns] to [panels, supersteps, steps, 64]."""
     panels, inputs = layout.panels, layout.superstep

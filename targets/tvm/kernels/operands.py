@@ -57,7 +57,7 @@ def quantized_operands(columns: int, group: int, tokens: int | str) -> tuple[Ope
     """int8 activations: padded with zeros, a scale for each group of inputs, and the group's sum."""
     groups = (tokens, ceil_div(columns, group))
     return (
-        Operand("x", (tokens, Layout.padded(columns)), "int8"),
+        Operand("x_codes", (tokens, Layout.padded(columns)), "int8"),
         Operand("x_scales", groups, "float32"),
         Operand("x_sums", groups, "int32"),
     )

@@ -49,12 +49,14 @@ class Registers:
 class Tile:
     """Tokens whose rows of x are `tokens`, for `panels` panels at a time."""
 
+    operand = "x"
+
     def __init__(
         self, layout: Layout, isa: Isa, buffers: Mapping[str, Any], panels: int, tokens: list[Expr]
     ) -> None:
         self.layout, self.isa, self.buffers = layout, isa, buffers
         self.panels, self.tokens = panels, tokens
-        x = buffers["x"]
+        x = buffers[self.operand]
         self._x, self._width = flat(x), x.shape[1]
         self._bases: list[Expr] = []
 
@@ -126,7 +128,9 @@ class FloatTile(Tile):
 
 
 class IntegerTile(Tile):
-    """x int8 [tokens, padded columns] with scales and sums: see `quantize_activations`."""
+    """x_codes int8 [tokens, padded columns] with scales and sums: see `quantize_activations`."""
+
+    operand = "x_codes"
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
