@@ -45,7 +45,7 @@ def cost_line(cost: Cost) -> str:
 
 def closing_lines(compiled: Compiled) -> Iterator[str]:
     """What a compile reached, what was not quantized and why, and what to do next."""
-    manifest, check = compiled.manifest, compiled.check.against_original
+    manifest, check = compiled.manifest, compiled.check and compiled.check.against_original
     size = sum(entry.size_bytes for entry in manifest.files.values())
     yield (
         f"{size / 1e6:.1f} MB, payload {manifest.payload_bits:.3f} bits, true {manifest.true_bits:.3f} bits, "
@@ -57,7 +57,7 @@ def closing_lines(compiled: Compiled) -> Iterator[str]:
             f"checked on {check.tokens} tokens: KL {check.kl:.4f} nats to the original, "
             f"top token agrees {check.top1_agreement:.1%}"
         )
-    else:
+    elif check is not None:
         yield f"checked on {check.tokens} tokens: cosine {check.cosine:.4f} to the original"
     yield from (f"note: {note}" for note in compiled.notes)
     yield f"took {compiled.seconds:.0f} s, at most {peak_rss_bytes() / 1e9:.2f} GB of memory"

@@ -15,6 +15,7 @@ from gammac.passes.fold_norms import FoldNorms
 from gammac.passes.insert_kv_cache import InsertKvCache
 from gammac.passes.keep_precision import KeepPrecision
 from gammac.passes.legalize_onnx import LegalizeOnnx
+from gammac.passes.legalize_tvm import LegalizeTvm
 from gammac.passes.options import parse_strategy
 from gammac.passes.quantize import Quantize
 from gammac.passes.quantizers import make_quantizer
@@ -28,7 +29,7 @@ from gammac.pipeline import Pass
 _IN_ORDER: Final[tuple[type[Pass], ...]] = (
     FoldConstants, RaisePatterns, FoldNorms, Rotate, InsertKvCache, KeepPrecision, SplitRows, CollectGrams,
     CollectGuidedGrams, Candidates, *STRATEGIES.values(), Allocate, Refine, LearnRounding, Quantize,
-    LegalizeOnnx,
+    LegalizeOnnx, LegalizeTvm,
 )  # fmt: skip
 PASSES: Final[Mapping[str, type[Pass]]] = {p.name: p for p in _IN_ORDER}
 
@@ -36,7 +37,7 @@ PASSES: Final[Mapping[str, type[Pass]]] = {p.name: p for p in _IN_ORDER}
 REFINED: Final = frozenset({Gamma.name})
 
 # emitter → the pass that brings a module into the form that it writes
-LEGALIZERS: Final[Mapping[str, type[Pass]]] = {"onnx": LegalizeOnnx}
+LEGALIZERS: Final[Mapping[str, type[LegalizeOnnx | LegalizeTvm]]] = {"onnx": LegalizeOnnx, "tvm": LegalizeTvm}
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,13 @@ def refine_of(choices: Choices, extra_bytes: int = 0) -> tuple[Refine, ...]:
 
 
 def default_pipeline(
-    choices: Choices, emitter: str, *, compiler: bool, extra_bytes: int = 0
+    choices: Choices, emitter: str, *, compiler: bool, extra_bytes: int = 0, context: int = 0
 ) -> tuple[Pass, ...]:
     """Captured module in, module in the emitter's form out.
 
-    `compiler`: whether a C++ compiler is at hand for the emitter's own kernels; without one, rows are
-    split so that the widths of the stock kernels mix within a weight. Raises CompileError for an
+    `compiler`: whether the emitter's own kernels of every width can be had; without them, rows are split so
+    that the widths of the stock kernels mix within a weight. `context`: the longest sequence to be run (0: as
+    the emitter thinks fit). Raises CompileError for an
     unknown strategy or emitter, or for options that the strategy lacks.
     """
     strategy = strategy_of(choices)
@@ -123,5 +125,5 @@ def default_pipeline(
         *((LearnRounding(),) if choices.learn_rounding else ()),
         Quantize(choices.inputs, *how),
         # the form that the emitter writes
-        LEGALIZERS[emitter](),
+        LEGALIZERS[emitter](context),
     )

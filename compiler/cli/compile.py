@@ -49,6 +49,16 @@ class StrategyOption(click.Option):
     show_default=True,
     help="Learn codes and scales block by block behind the allocation: minutes, and worth them at few bits.",
 )
+@click.option(
+    "--context",
+    type=click.IntRange(1),
+    help="The longest sequence, in tokens (default: the model's; with TVM at most 2048).",
+)
+@click.option(
+    "--activations",
+    type=click.Choice(["int8", "float"]),
+    help="tvm: what products with quantized weights take (default: int8 where there are dot products).",
+)
 @shared_options
 @click.option("--seed", default=0, show_default=True)
 @click.option(

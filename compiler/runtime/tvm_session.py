@@ -21,17 +21,16 @@ import numpy.typing as npt
 
 from gammac.diagnostics import CompileError
 from gammac.runtime.session import Logits, Tokens, check_room, default_threads
-from gammac.targets.tvm.description import Description, parse_description
-from gammac.targets.tvm.kernels.isa import host_flags
+from gammac.targets.target import host_flags
+from gammac.targets.tvm.description import FUNCTIONS, Description, parse_description
 from gammac.targets.tvm.names import DESCRIPTION_NAME, INSTALL, LIBRARY_NAME, PARAMS_NAME
 from gammac.targets.tvm.params import ALIGNMENT, MappedParams
 
 CPU: Final = 1  # DLPack's device type
 NAIVE_ALLOCATOR: Final = 1
-"""What a call needs is given back when it ends; the other allocator keeps what every length of prompt took."""
+"""What a call needs is given back when it ends; the other one keeps what every length of prompt took."""
 
 BIG_CORES: Final = 1
-COMPILE_AGAIN: Final = "compile the model again on this machine, or for its target"
 
 
 class TvmSession:
@@ -158,18 +157,20 @@ def demand_versions(about: Description) -> None:
 
 
 def demand_processor(about: Description) -> None:
-    """Raise CompileError when this machine lacks instructions that the artifact uses."""
-    if platform.machine() != about.arch:
-        raise CompileError(
-            f"the artifact is for {about.arch}, this machine is {platform.machine()}", hint=COMPILE_AGAIN
-        )
+    """Raise CompileError when this machine can't run the artifact's instructions."""
+    lacks = lacking(about.isa, about.arch, about.cpu_flags)
+    if lacks:
+        raise CompileError(lacks, hint="compile the model again on this machine, or for its target")
+
+
+def lacking(isa: str, machine: str, cpu_flags: Sequence[str]) -> str:
+    """Why code for an instruction set can't run here; nothing if it can."""
+    if platform.machine() != machine:
+        return f"the artifact is for {machine}, this machine is {platform.machine()}"
     flags = host_flags()
     # where a system doesn't say what its processor has, only trying shows it
-    missing = [flag for flag in about.cpu_flags if flag not in flags] if flags else []
-    if missing:
-        raise CompileError(
-            f"the artifact uses {about.isa}, this processor lacks {', '.join(missing)}", hint=COMPILE_AGAIN
-        )
+    missing = [flag for flag in cpu_flags if flag not in flags] if flags else []
+    return f"the artifact uses {isa}, this processor lacks {', '.join(missing)}" if missing else ""
 
 
 # ---- loading ------------------------------------------------------------------------------------
@@ -216,8 +217,6 @@ def _library_name() -> str:
 
 
 def _load(ffi: Any, path: Path) -> dict[str, Any]:
-    from gammac.targets.tvm.description import FUNCTIONS
-
     try:
         # a path with a folder in it: the loader would look for a bare name elsewhere
         machine = ffi.load_module(str(path.absolute()))["vm_load_executable"]()
