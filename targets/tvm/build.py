@@ -46,7 +46,11 @@ def build_library(module: Any, isa: Isa, path: Path) -> None:
     from tvm import relax
     from tvm.target import Target  # type: ignore[import-untyped]
 
-    executable = relax.build(module, target=Target(isa.llvm_target()), relax_pipeline=_pipeline(tvm, relax))
+    from gammac.targets.tvm.kernels.lowering import lowering
+
+    with lowering():
+        pipeline = _pipeline(tvm, relax)
+        executable = relax.build(module, target=Target(isa.llvm_target()), relax_pipeline=pipeline)
     executable.export_library(str(path), fcompile=_link)
 
 

@@ -15,7 +15,7 @@ from gammac.targets.tvm.description import FUNCTIONS, Description
 from gammac.targets.tvm.kernels.isa import Isa
 from gammac.targets.tvm.lowering import Lowering
 from gammac.targets.tvm.lowerings import LOWERINGS, heads_of
-from gammac.targets.tvm.names import MODEL_FILES
+from gammac.targets.tvm.names import INT8, MODEL_FILES
 from gammac.targets.tvm.params import ParamFile
 from gammac.targets.tvm.program import INTEGER, FunctionWriter, Program, Tensor, whole
 from gammac.targets.tvm.tir import tables
@@ -42,7 +42,7 @@ def emit(module: Module, store: WeightStore, folder: Path, isa: Isa, activations
         for name in FUNCTIONS:
             rows = 1 if name == "decode" else None
             writers[name] = FunctionWriter(program, rows, last_only=name == "prefill")
-            _write(name, writers[name], module, store, isa, capacity)
+            _write(name, writers[name], module, store, isa, activations == INT8, capacity)
     build_library(program.builder.get(), isa, paths[0])
     description = Description(
         tvm=version("apache-tvm"),
@@ -95,12 +95,14 @@ def _cache_shapes(module: Module, function: Function, capacity: int) -> tuple[tu
     return tuple(shapes[i] for i in range(len(shapes)))
 
 
-def _write(name: str, f: FunctionWriter, module: Module, store: WeightStore, isa: Isa, capacity: int) -> None:
+def _write(
+    name: str, f: FunctionWriter, module: Module, store: WeightStore, isa: Isa, integer: bool, capacity: int
+) -> None:
     function = module.functions["decode"]
     users = Counter(o for op in function.ops for o in op.operands if isinstance(o, Value))
     users.update(o for o in function.returns if isinstance(o, Value))
     tiling = Tiling(8, 16) if isa.vector_bits >= 512 else Tiling(4, 4)
-    at = Lowering(module, store, f, isa, capacity, tiling, users)
+    at = Lowering(module, store, f, isa, integer, capacity, tiling, users)
     builder = f.program.builder
     with builder.function(name, f.arguments):
         with builder.dataflow():

@@ -20,6 +20,9 @@ class Lowering:
     store: WeightStore
     f: FunctionWriter
     isa: Isa
+    integer: bool
+    """Whether products with packed weights take int8."""
+
     capacity: int
     tiling: Tiling
     users: Mapping[Value, int]

@@ -7,7 +7,7 @@ from typing import Any, Final
 from gammac.ir import Op, Operand, Value, WeightRef
 from gammac.targets.tvm.lowering import Lowering
 from gammac.targets.tvm.products import lower_embedding, lower_linear
-from gammac.targets.tvm.program import Lazy, Node, Part, Tensor, apply, number, one_row, whole
+from gammac.targets.tvm.program import Lazy, Node, Normed, Part, Tensor, apply, number, one_row, whole
 from gammac.targets.tvm.tir import norms, tables
 from gammac.targets.tvm.tir.attention import Heads, Rows, append, attention
 
@@ -107,21 +107,24 @@ def _columns(at: Lowering, op: Op, start: int, width: int) -> Node:
 
 @_lowering
 def _rms_norm(at: Lowering, op: Op) -> Node:
-    return _norm(at, op, "rms_norm", norms.rms_norm)
+    x = at.tensor(op.operands[0])
+    if op.operands[1].type.shape != (x.width,):
+        return whole(_norm(at, op, x, "rms_norm", norms.rms_norm))
+    weight, eps = at.floats(op.operands[1]), float(str(op.attrs["eps"]))
+    return Normed(x, weight, eps, lambda: _norm(at, op, x, "rms_norm", norms.rms_norm))
 
 
 @_lowering
 def _layer_norm(at: Lowering, op: Op) -> Node:
-    return _norm(at, op, "layer_norm", norms.layer_norm)
+    return whole(_norm(at, op, at.tensor(op.operands[0]), "layer_norm", norms.layer_norm))
 
 
-def _norm(at: Lowering, op: Op, kind: str, make: Callable[..., Any]) -> Node:
-    x = at.tensor(op.operands[0])
+def _norm(at: Lowering, op: Op, x: Tensor, kind: str, make: Callable[..., Any]) -> Tensor:
     (inner,) = op.operands[1].type.shape
     key = (x.rows, x.width, inner, float(str(op.attrs["eps"])))
     args = [x.var, *map(at.floats, op.operands[1:])]
     var = at.f.call(kind, key, lambda: make(*key), args, at.f.type_of(x.rows, x.width))
-    return whole(Tensor(var, x.rows, x.width))
+    return Tensor(var, x.rows, x.width)
 
 
 LOWERINGS["embedding"] = lambda at, op: [lower_embedding(at, op)]
@@ -194,8 +197,8 @@ def _rotary(at: Lowering, op: Op, inv_freq: Operand, half: int) -> list[Any]:
         key = (n, half, scaling)
         args = [at.f.past, at.f.ids.var, at.floats(inv_freq)]
         types = [at.f.type_of(n, half)] * 2
-        both = at.f.call("rotary_table", key, lambda: tables.rotary_table(*key), args, types)
-        return [both[0], both[1]]
+        both: list[Any] = at.f.call("rotary_table", key, lambda: tables.rotary_table(*key), args, types)
+        return both
 
     made: list[Any] = at.f.shared(f"rotary {inv_freq.name} {scaling}", make)
     return made

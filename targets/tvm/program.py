@@ -62,7 +62,28 @@ class Lazy:
     tree: Callable[[Register], Tree]
 
 
-Node = Part | Lazy
+class Normed:
+    """An RMS norm of whole rows that is not computed yet: what reads it may want it in int8."""
+
+    dtype = FLOAT
+
+    def __init__(self, x: Tensor, weight: Any, eps: float, make: Callable[[], Tensor]) -> None:
+        self.x, self.weight, self.eps, self._make = x, weight, eps, make
+        self.rows, self.width = x.rows, x.width
+        self._made: Tensor | None = None
+
+    def tensor(self) -> Tensor:
+        """In f32, computed once."""
+        if self._made is None:
+            self._made = self._make()
+        return self._made
+
+    def tree(self, register: Register) -> Tree:
+        """Its part in a kernel."""
+        return whole(self.tensor()).tree(register)
+
+
+Node = Part | Lazy | Normed
 
 
 class Program:
@@ -112,7 +133,7 @@ class FunctionWriter:
         self.params = relax.Var("params", relax.ObjectType())
         self.read: set[int] = set()
         self._fetched: dict[tuple[str, int], Any] = {}
-        self._shared: dict[str, Any] = {}
+        self._shared: dict[Any, Any] = {}
 
     @property
     def arguments(self) -> list[Any]:
@@ -142,7 +163,7 @@ class FunctionWriter:
             self._fetched[kind, index] = self.program.builder.emit(call)
         return self._fetched[kind, index]
 
-    def shared(self, key: str, make: Callable[[], Any]) -> Any:
+    def shared(self, key: Any, make: Callable[[], Any]) -> Any:
         """What several ops of the function use, made at its first use."""
         if key not in self._shared:
             self._shared[key] = make()
@@ -153,7 +174,10 @@ class FunctionWriter:
     def call(self, kind: str, key: Any, make: Callable[[], Any], args: Sequence[Any], out: Any) -> Any:
         """The result, or results, of a kernel; `out` is their type, or a list of types."""
         kernel = self.program.kernel(kind, key, make)
-        return self.program.builder.emit(relax.call_tir(kernel, list(args), out))
+        made = self.program.builder.emit(relax.call_tir(kernel, list(args), out))
+        if not isinstance(out, list):
+            return made
+        return [self.program.builder.emit(relax.TupleGetItem(made, i)) for i in range(len(out))]
 
     def call_inplace(
         self,
@@ -175,6 +199,8 @@ class FunctionWriter:
 
     def tensor(self, node: Node) -> Tensor:
         """A node's values as a tensor of their own."""
+        if isinstance(node, Normed):
+            return node.tensor()
         if isinstance(node, Part) and (node.column, node.width) == (0, node.tensor.width):
             return node.tensor
         variables: list[Any] = []

@@ -4,7 +4,7 @@ from typing import Any
 
 from gammac.targets.tvm.kernels.isa import Isa
 from gammac.targets.tvm.kernels.layout import ALIGN, PANEL, STEP, Layout
-from gammac.targets.tvm.kernels.linear import weight_operands
+from gammac.targets.tvm.kernels.operands import weight_operands
 from gammac.targets.tvm.tir.tables import clamped
 from gammac.targets.tvm.tir.vectors import T, kernel, loop, rows_of
 
