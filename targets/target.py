@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from gammac.diagnostics import CompileError
 from gammac.formats import CHANNEL, FALLBACK_GROUPS, Format
+from gammac.processor import host_flags
 
 BLOCK: Final = "block"
 TABLE: Final = "table"
@@ -135,13 +136,6 @@ def host_target() -> str:
     """The name of the shipped target that fits this machine best."""
     flags = host_flags()
     return next((name for name, needed in HOSTS if flags.issuperset(needed)), "cpu-x86")
-
-
-def host_flags() -> frozenset[str]:
-    """What /proc/cpuinfo says that this processor has; nothing where there is no such file."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return frozenset(next((line for line in lines if line.startswith(("flags", "Features"))), "").split())
 
 
 def target_names() -> tuple[str, ...]:

@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from gammac.diagnostics import CompileError
+from gammac.processor import host_flags
 from gammac.runtime.session import Logits, Tokens, check_room, default_threads
-from gammac.targets.target import host_flags
 from gammac.targets.tvm.description import FUNCTIONS, Description, parse_description
 from gammac.targets.tvm.names import DESCRIPTION_NAME, INSTALL, LIBRARY_NAME, PARAMS_NAME
 from gammac.targets.tvm.params import ALIGNMENT, MappedParams
