@@ -14,9 +14,9 @@ from gammac.targets.target import HOST, Target
 class Isa:
     """An instruction set.
 
-    `leaf` names the dot product of four int8 inputs in `leaves.py`. `tile` is what a prefill kernel keeps
-    in registers: panels of 16 rows by tokens. `machine` and `cpu_flags` are what a processor must be and
-    have, as `platform.machine()` and /proc/cpuinfo spell it.
+    `leaf` names the dot product of four int8 inputs in `leaves.py`. `tile` and `float_tile` are what a
+    prefill kernel keeps in registers: panels of 16 rows by tokens. `machine` and `cpu_flags` are what a
+    processor must be and have, as `platform.machine()` and /proc/cpuinfo spell it.
     """
 
     name: str
@@ -26,6 +26,7 @@ class Isa:
     vector_bits: int
     leaf: str
     tile: tuple[int, int]
+    float_tile: tuple[int, int]
     scale_dtype: str = "float16"
     """f32 where the processor does not convert f16 itself."""
 
@@ -35,6 +36,7 @@ class Isa:
 
 
 _X86: Final = {"mtriple": "x86_64-linux-gnu"}
+_ARM64: Final = {"mtriple": "aarch64-linux-gnu"}
 _V4: Final = ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni")
 _V3: Final = ("avx2", "fma", "f16c", "bmi2")
 
@@ -45,22 +47,50 @@ ISAS: Final[Mapping[str, Isa]] = {
             "avx512vnni", "x86_64", _V4,
             # without the second flag LLVM splits every vector in halves
             {**_X86, "mcpu": "x86-64-v4", "mattr": ("+avx512vnni", "-prefer-256-bit")},
-            vector_bits=512, leaf="vnni512", tile=(2, 8),
+            vector_bits=512, leaf="vnni512", tile=(2, 8), float_tile=(1, 8),
+        ),
+        Isa(
+            "avxvnni", "x86_64", (*_V3, "avx_vnni"), {**_X86, "mcpu": "x86-64-v3", "mattr": ("+avxvnni",)},
+            vector_bits=256, leaf="vnni256", tile=(1, 4), float_tile=(1, 4),
         ),
         Isa(
             "avx2", "x86_64", _V3, {**_X86, "mcpu": "x86-64-v3"},
-            vector_bits=256, leaf="maddubs", tile=(1, 4),
+            vector_bits=256, leaf="maddubs", tile=(1, 4), float_tile=(1, 4),
         ),
         Isa(
             "generic", "x86_64", (), {**_X86, "mcpu": "x86-64"},
-            vector_bits=128, leaf="generic", tile=(1, 2), scale_dtype="float32",
+            vector_bits=128, leaf="pmaddwd", tile=(1, 2), float_tile=(1, 2), scale_dtype="float32",
+        ),
+        Isa(
+            "neon-dotprod", "aarch64", ("asimd", "asimddp"),
+            {**_ARM64, "mcpu": "generic", "mattr": ("+neon", "+dotprod")},
+            vector_bits=128, leaf="sdot", tile=(1, 4), float_tile=(1, 4),
+        ),
+        Isa(
+            "neon", "aarch64", ("asimd",), {**_ARM64, "mcpu": "generic", "mattr": ("+neon",)},
+            vector_bits=128, leaf="widen", tile=(1, 4), float_tile=(1, 4),
+        ),
+        Isa(
+            "rvv", "riscv64", (),
+            {
+                "mtriple": "riscv64-linux-gnu", "mcpu": "generic-rv64", "mabi": "lp64d",
+                "mattr": ("+m", "+a", "+f", "+d", "+c", "+v", "+zvl128b"),
+            },
+            vector_bits=128, leaf="widen", tile=(1, 4), float_tile=(1, 4), scale_dtype="float32",
+        ),
+        Isa(
+            "armv7", "armv7l", ("neon", "vfpv4"),
+            {
+                "mtriple": "armv7-linux-gnueabihf", "mcpu": "cortex-a7", "mattr": ("+neon", "+vfp4"),
+                "mfloat-abi": "hard",
+            },
+            vector_bits=128, leaf="widen", tile=(1, 2), float_tile=(1, 2), scale_dtype="float32",
         ),
     )
 }  # fmt: skip
+"""The best of each machine first."""
 
-# the best first
 _OF_ARCH: Final = {"x86-64-v4": "avx512vnni", "x86-64-v3": "avx2", "x86-64": "generic"}
-_ON_HOST: Final = ("avx512vnni", "avx2", "generic")
 
 
 def host_flags() -> frozenset[str]:
@@ -73,7 +103,7 @@ def host_flags() -> frozenset[str]:
 def host_isa() -> Isa:
     """The best instruction set of this machine. Raises CompileError where there is none for it."""
     flags, machine = host_flags(), platform.machine()
-    fits = [ISAS[n] for n in _ON_HOST if ISAS[n].machine == machine and flags.issuperset(ISAS[n].cpu_flags)]
+    fits = [isa for isa in ISAS.values() if isa.machine == machine and flags.issuperset(isa.cpu_flags)]
     if not fits:
         raise CompileError(f"there are no kernels for {machine}", hint="name a target for another machine")
     return fits[0]

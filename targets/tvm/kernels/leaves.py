@@ -1,7 +1,8 @@
 """Dot products of four int8 inputs with the codes of 16 rows: all that differs between instruction sets.
 
 A step's codes are i32x16, a row's four codes in a lane, unsigned; its inputs are one i32 of four signed
-bytes. A leaf keeps sums i32x16 in registers: `start`, then `step` for each 4 inputs, then `sums`.
+bytes in [-127, 127]. A leaf keeps sums i32x16 in registers: `start`, then `step` for each 4 inputs, `pause`
+where the unrolled code ends, and at last `sums`.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,42 +11,41 @@ from typing import Any, Final
 from gammac.targets.tvm.tir.vectors import LANES, T, splat_int, tirx
 
 Expr = Any
+_SIGN_BITS: Final = -0x7F7F7F80  # 0x80808080
 
 
 class Leaf:
     """Widens to 32 bits and multiplies: runs everywhere."""
 
-    offset = 0
-    """What is taken off each code before it is multiplied."""
-
-    def __init__(self, bits: int) -> None:
+    def __init__(self, bits: int, make: Callable[[int, str], Any], count: int) -> None:
         self.bits = bits
+        self._sums = make(count, "int32")
 
-    def registers(self, make: Callable[[int, str], Any], count: int) -> Any:
-        """Room for `count` sums."""
-        return make(count, "int32")
+    @property
+    def offset(self) -> int:
+        """What is taken off each code before it is multiplied."""
+        return 0
 
-    def start(self, state: Any, i: int, value: Expr) -> None:
+    def start(self, i: int, value: Expr) -> None:
         """Sum i is `value`."""
-        state.set(i, value)
+        self._sums.set(i, value)
 
-    def step(self, state: Any, i: int, codes: Expr, inputs: Expr) -> None:
+    def step(self, i: int, codes: Expr, inputs: Expr) -> None:
         """Four more inputs for sum i."""
-        state.set(i, self.dot(state.get(i), codes, inputs))
+        self._sums.set(i, self.dot(self._sums.get(i), codes, inputs))
 
-    def pause(self, state: Any) -> None:
-        """Behind the last step of an unrolled part."""
+    def pause(self) -> None:
+        """All that was added is in the sums."""
 
-    def sums(self, state: Any, i: int) -> Expr:
+    def sums(self, i: int) -> Expr:
         """i32x16."""
-        return state.get(i)
+        return self._sums.get(i)
 
     def dot(self, total: Expr, codes: Expr, inputs: Expr) -> Expr:
         """total + the dot products."""
         for j in range(4):
             code = (codes >> splat_int(8 * j, LANES)) & splat_int(255, LANES)
-            value = (inputs << T.int32(24 - 8 * j)) >> T.int32(24)
-            total = total + code * T.broadcast(value, LANES)
+            total = total + code * T.broadcast(_byte(inputs, j), LANES)
         return total
 
 
@@ -59,4 +59,137 @@ class Vnni512(Leaf):
         return tirx.call_llvm_pure_intrin("int32x16", name, total, T.reinterpret("int8x64", codes), spread)
 
 
-LEAVES: Final[Mapping[str, type[Leaf]]] = {"generic": Leaf, "maddubs": Leaf, "vnni512": Vnni512}
+class Vnni256(Leaf):
+    """Two vpdpbusd (AVX-VNNI)."""
+
+    def dot(self, total: Expr, codes: Expr, inputs: Expr) -> Expr:
+        """Halves."""
+        spread = T.Bind(T.reinterpret("int8x32", T.broadcast(inputs, 8)))
+
+        def half(total: Expr, codes: Expr) -> Expr:
+            name = "llvm.x86.avx512.vpdpbusd.256"
+            return tirx.call_llvm_pure_intrin("int32x8", name, total, T.reinterpret("int8x32", codes), spread)
+
+        return _split(half, 8, total, codes)
+
+
+class Maddubs(Leaf):
+    """vpmaddubsw (AVX2): pairs of u8 by s8 into 16 bits, as many as fit before they are widened.
+
+    Codes of 8 bits less 128 are multiplied by their sign in the inputs: 2 * 255 * 127 is too much.
+    """
+
+    def __init__(self, bits: int, make: Callable[[int, str], Any], count: int) -> None:
+        super().__init__(bits, make, count)
+        self._pending: list[list[Expr]] = [[] for _ in range(count)]
+        self._fits = 32767 // (2 * 127 * (128 if bits == 8 else (1 << bits) - 1))
+
+    @property
+    def offset(self) -> int:
+        """128 for 8 bits."""
+        return 128 if self.bits == 8 else 0
+
+    def step(self, i: int, codes: Expr, inputs: Expr) -> None:
+        """Two instructions, and an addition."""
+        spread = T.Bind(T.reinterpret("int8x32", T.broadcast(inputs, 8)))
+        pending = self._pending[i]
+        products = [self._products(half, spread) for half in _halves(codes, 8)]
+        if pending:
+            products = [T.Bind(a + b) for a, b in zip(pending[-1], products, strict=True)]
+        pending.append(products)
+        if len(pending) == self._fits:
+            self._widen(i)
+
+    def _products(self, codes: Expr, spread: Expr) -> Expr:
+        codes = T.Bind(T.reinterpret("int8x32", codes))
+        if self.bits == 8:
+            signed = T.Bind(codes ^ T.broadcast(T.int8(-128), 32))
+            codes, spread = _sign(signed, signed), _sign(spread, signed)
+        return T.Bind(tirx.call_llvm_pure_intrin("int16x16", "llvm.x86.avx2.pmadd.ub.sw", codes, spread))
+
+    def _widen(self, i: int) -> None:
+        ones, parts = T.broadcast(T.int16(1), 16), self._pending[i][-1]
+        wide = [tirx.call_llvm_pure_intrin("int32x8", "llvm.x86.avx2.pmadd.wd", part, ones) for part in parts]
+        self._sums.add(i, T.vectorcombine("int32x16", *wide))
+        self._pending[i] = []
+
+    def pause(self) -> None:
+        """Widens what is pending."""
+        for i, pending in enumerate(self._pending):
+            if pending:
+                self._widen(i)
+
+
+class Pmaddwd(Leaf):
+    """pmaddwd (SSE2, every x86-64): the even and the odd codes as pairs of 16 bits."""
+
+    def dot(self, total: Expr, codes: Expr, inputs: Expr) -> Expr:
+        """Eight instructions."""
+        for j in range(2):
+            low, high = _byte(inputs, j), _byte(inputs, j + 2)
+            pair = T.Bind((low & T.int32(0xFFFF)) | (high << T.int32(16)))
+            spread = T.Bind(T.reinterpret("int16x8", T.broadcast(pair, 4)))
+            words = T.Bind((codes >> splat_int(8 * j, LANES)) & splat_int(0x00FF00FF, LANES))
+
+            def quarter(total: Expr, words: Expr, spread: Expr = spread) -> Expr:
+                name = "llvm.x86.sse2.pmadd.wd"
+                pairs = T.reinterpret("int16x8", words)
+                return total + tirx.call_llvm_pure_intrin("int32x4", name, pairs, spread)
+
+            total = T.Bind(_split(quarter, 4, total, words))
+        return total
+
+
+class Sdot(Leaf):
+    """Four sdot (NEON with dot products): s8 by s8, so that codes of 8 bits are taken less 128."""
+
+    @property
+    def offset(self) -> int:
+        """128 for 8 bits."""
+        return 128 if self.bits == 8 else 0
+
+    def dot(self, total: Expr, codes: Expr, inputs: Expr) -> Expr:
+        """Quarters."""
+        spread = T.Bind(T.reinterpret("int8x16", T.broadcast(inputs, 4)))
+        if self.bits == 8:
+            codes = T.Bind(codes ^ splat_int(_SIGN_BITS, LANES))
+
+        def quarter(total: Expr, codes: Expr) -> Expr:
+            name = "llvm.aarch64.neon.sdot.v4i32.v16i8"
+            return tirx.call_llvm_pure_intrin("int32x4", name, total, T.reinterpret("int8x16", codes), spread)
+
+        return _split(quarter, 4, total, codes)
+
+
+def _byte(inputs: Expr, j: int) -> Expr:
+    """One of four signed bytes, i32."""
+    return T.Bind((inputs << T.int32(24 - 8 * j)) >> T.int32(24))
+
+
+def _sign(values: Expr, by: Expr) -> Expr:
+    return T.Bind(tirx.call_llvm_pure_intrin("int8x32", "llvm.x86.avx2.psign.b", values, by))
+
+
+def _halves(vector: Expr, lanes: int) -> list[Expr]:
+    kind = f"int32x{lanes}"
+    return [T.vectorlow(kind, vector), T.vectorhigh(kind, vector)]
+
+
+def _split(body: Callable[..., Expr], lanes: int, *operands: Expr, width: int = LANES) -> Expr:
+    """`body` on parts of `lanes` lanes of i32 vectors, put together again."""
+    if width == lanes:
+        return body(*operands)
+    operands = tuple(T.Bind(o) for o in operands)
+    low, high = zip(*(_halves(o, width // 2) for o in operands), strict=True)
+    parts = [_split(body, lanes, *part, width=width // 2) for part in (low, high)]
+    return T.vectorcombine(f"int32x{width}", *parts)
+
+
+LEAVES: Final[Mapping[str, type[Leaf]]] = {
+    "widen": Leaf,
+    "pmaddwd": Pmaddwd,
+    "maddubs": Maddubs,
+    "vnni256": Vnni256,
+    "vnni512": Vnni512,
+    "sdot": Sdot,
+}

@@ -224,6 +224,5 @@ def decode_linear(format_: Format, rows: int, columns: int, isa: Isa, *, integer
 
 def prefill_linear(format_: Format, rows: int, columns: int, isa: Isa, *, integer: bool) -> Kernel:
     """y [m, rows] of m tokens, which are counted when it runs. As `decode_linear` otherwise."""
-    panels, tokens = isa.tile
-    tile = (panels, tokens) if integer else (1, panels * tokens)
+    tile = isa.tile if integer else isa.float_tile
     return _linear(Layout(format_, rows, columns), isa, integer, tile, TOKENS)

@@ -134,8 +134,8 @@ class IntegerTile(Tile):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._leaf = LEAVES[self.isa.leaf](self.layout.format.bits)
-        self._state = self._leaf.registers(Registers, self.panels * len(self.tokens))
+        count = self.panels * len(self.tokens)
+        self._leaf = LEAVES[self.isa.leaf](self.layout.format.bits, Registers, count)
 
     def zero(self, panel: Panel, group: Expr) -> Any:
         """-zero, i32x16, or the number that all have."""
@@ -152,7 +152,7 @@ class IntegerTile(Tile):
             for p, zero in enumerate(zeros):
                 same = isinstance(zero, int)
                 first = T.broadcast(total * zero, PANEL) if same else zero * T.broadcast(total, PANEL)
-                self._leaf.start(self._state, p * tokens + t, first)
+                self._leaf.start(p * tokens + t, first)
 
     def steps(self, panels: list[Panel], zeros: list[Any], start: int, end: int) -> None:
         """Four inputs at a time."""
@@ -161,8 +161,8 @@ class IntegerTile(Tile):
             for t, base in enumerate(self._bases):
                 inputs = T.Bind(T.reinterpret("int32", self._x[T.ramp(base + k, 1, STEP)]))
                 for p, word in enumerate(words):
-                    self._leaf.step(self._state, p * len(self._bases) + t, word, inputs)
-        self._leaf.pause(self._state)
+                    self._leaf.step(p * len(self._bases) + t, word, inputs)
+        self._leaf.pause()
 
     def sums(self, segment: Expr) -> list[list[Expr]]:
         """Times the scale of the inputs."""
@@ -170,7 +170,7 @@ class IntegerTile(Tile):
         scales = [T.Bind(splat(self.buffers["x_scales"][t, segment], PANEL)) for t in self.tokens]
 
         def one(p: int, t: int) -> Expr:
-            return T.Bind(T.cast(self._leaf.sums(self._state, p * tokens + t), "float32x16") * scales[t])
+            return T.Bind(T.cast(self._leaf.sums(p * tokens + t), "float32x16") * scales[t])
 
         return [[one(p, t) for t in range(tokens)] for p in range(self.panels)]
 
