@@ -22,6 +22,7 @@ from gammac.targets.tvm.kernels import (  # noqa: E402
     Kernel,
     Layout,
     decode_linear,
+    gated_linear,
     isa_of,
     lowering,
     pack,
@@ -29,6 +30,7 @@ from gammac.targets.tvm.kernels import (  # noqa: E402
     prefill_linear,
     quantize_activations,
     rms_norm_quantize,
+    stacked_linear,
 )
 from gammac.targets.tvm.kernels.isa import host_flags  # noqa: E402
 
@@ -288,3 +290,55 @@ def test_isa_of_names_and_targets() -> None:
     assert isa_of(load_target("cpu-x86-avx512")) is ISAS["avx512vnni"]
     with pytest.raises(CompileError, match="no TVM kernels for 'z80'"):
         isa_of("z80")
+
+
+# ---- several in one -----------------------------------------------------------------------------
+
+
+def numbered(weights: list[Quantized]) -> dict[str, Any]:
+    return {f"{name}{i}": a for i, w in enumerate(weights) for name, a in pack(w, HOST).items()}
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("integer", [True, False])
+def test_bias_and_residual(tokens: int, integer: bool) -> None:
+    weight = random_weight(parse_format("w4g32"), 21, 64)
+    make = decode_linear if tokens == 1 else prefill_linear
+    kernel = make(weight.format, 21, 64, HOST, integer=integer, bias=True, residual=True)
+    x, bias, residual = inputs(tokens, 64), inputs(1, 21, 2)[0], inputs(tokens, 21, 3)
+    given_, meant = quantized_inputs(x, Layout(weight.format, 21, 64)) if integer else ({"x": x}, x)
+    arrays = {**given_, **pack(weight, HOST), "bias": bias, "residual": residual}
+    y = call(kernel, build(kernel, HOST), arrays, tokens)["y"]
+    expected = meant @ weight.dequantize().numpy().T + bias + residual
+    np.testing.assert_allclose(y, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("integer", [True, False])
+def test_gate_and_up_in_one(tokens: int, integer: bool) -> None:
+    formats = (parse_format("w3g32"), parse_format("w4g32-sym"))
+    gate, up = (random_weight(f, 37, 64, seed) for seed, f in enumerate(formats))
+    kernel = gated_linear(formats, 37, 64, HOST, integer=integer, tokens=1 if tokens == 1 else "m")
+    x = inputs(tokens, 64)
+    given_, meant = quantized_inputs(x, Layout(formats[0], 37, 64)) if integer else ({"x": x}, x)
+    y = call(kernel, build(kernel, HOST), {**given_, **numbered([gate, up])}, tokens)["y"]
+    g, u = (meant @ w.dequantize().double().numpy().T for w in (gate, up))
+    np.testing.assert_allclose(y, g / (1 + np.exp(-g)) * u, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_weights_of_several_formats_in_one_launch(tokens: int) -> None:
+    formats, rows = tuple(map(parse_format, ("w3g32", "w4g32-sym", "w8g32"))), (40, 17, 16)
+    weights = [random_weight(f, n, 64, n) for f, n in zip(formats, rows, strict=True)]
+    kernel = stacked_linear(formats, rows, 64, HOST, integer=True, tokens=1 if tokens == 1 else "m")
+    given_, meant = quantized_inputs(inputs(tokens, 64), Layout(formats[0], 40, 64))
+    y = call(kernel, build(kernel, HOST), {**given_, **numbered(weights)}, tokens)["y"]
+    for part, weight in zip(np.split(y, np.cumsum(rows)[:-1], 1), weights, strict=True):
+        assert error(part, meant, weight) < 10 * EPSILON
+
+
+def test_weights_that_share_inputs_share_their_groups() -> None:
+    formats = (parse_format("w4g32"), parse_format("w4g64"))
+    with pytest.raises(CompileError, match="activation groups of 32 and 64"):
+        gated_linear(formats, 16, 64, HOST, integer=True, tokens=1)
+    assert gated_linear(formats, 16, 64, HOST, integer=False, tokens=1)

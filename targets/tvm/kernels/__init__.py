@@ -1,6 +1,7 @@
 """Linear layers with packed weights of 1 to 8 bits, generated in TIR from a format."""
 
 from gammac.targets.tvm.kernels.activations import quantize_activations, rms_norm_quantize
+from gammac.targets.tvm.kernels.fused import gated_linear, stacked_linear
 from gammac.targets.tvm.kernels.isa import ISAS, Isa, isa_of
 from gammac.targets.tvm.kernels.layout import Layout, activation_group, pack, packed_bytes
 from gammac.targets.tvm.kernels.linear import decode_linear, prefill_linear
@@ -15,6 +16,7 @@ __all__ = [
     "Operand",
     "activation_group",
     "decode_linear",
+    "gated_linear",
     "isa_of",
     "lowering",
     "pack",
@@ -22,4 +24,5 @@ __all__ = [
     "prefill_linear",
     "quantize_activations",
     "rms_norm_quantize",
+    "stacked_linear",
 ]

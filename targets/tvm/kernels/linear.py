@@ -5,6 +5,7 @@ is unrolled: per step of 4 inputs one vector of codes, used for every token of t
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 from gammac.formats import Format
@@ -21,7 +22,7 @@ from gammac.targets.tvm.kernels.operands import (
 from gammac.targets.tvm.kernels.panel import Panel
 from gammac.targets.tvm.kernels.tiles import TILES, Registers, Tile
 from gammac.targets.tvm.tir import vectors
-from gammac.targets.tvm.tir.vectors import T, store
+from gammac.targets.tvm.tir.vectors import T, load, store
 
 Expr = Any
 
@@ -147,65 +148,82 @@ def write_panel(panel: Expr, rows: int, write: Callable[[Expr, int], None]) -> N
                 vectors.chunks(rest, write)
 
 
-def _linear(layout: Layout, isa: Isa, integer: bool, tile: tuple[int, int], tokens: int | str) -> Kernel:
-    inputs = (*activation_operands(layout, integer, tokens), *weight_operands(layout, isa))
-    outputs = (Operand("y", (tokens, layout.rows), "float32"),)
-    with vectors.kernel() as made:
-        size = tokens if isinstance(tokens, int) else T.int64()
-        buffers = declare((*inputs, *outputs), size)
+@dataclass(frozen=True)
+class Job:
+    """What the parts of a kernel share. `tokens` is 1 or "m"; with `integer`, inputs are int8."""
 
-        def body(index: Expr, at: list[Expr]) -> None:
-            numbers = panel_numbers(layout, index, tile[0])
-            total = Registers(tile[0] * tile[1])
-            total.clear()
-            accumulate(layout, isa, integer, buffers, numbers, at, total)
-            for p, number in enumerate(numbers):
-                _write(buffers["y"], total, p * tile[1], at, number, layout.rows)
+    isa: Isa
+    integer: bool
+    tokens: int | str
 
-        over_tiles(ceil_div(layout.panels, tile[0]), size, tile[1], body)
-    step = "decode" if tokens == 1 else "prefill"
-    name = f"{step}_{layout.format.name}_{layout.rows}x{layout.columns}_{'int8' if integer else 'f32'}"
-    return Kernel(name.replace("-", "_"), inputs, outputs, made.primfunc)
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Panels and tokens that are summed together."""
+        if self.tokens == 1:
+            return (1, 1)
+        return self.isa.tile if self.integer else self.isa.float_tile
 
+    def tiles(self, layout: Layout) -> int:
+        """How many tiles the panels of a weight are."""
+        return ceil_div(layout.panels, self.tile[0])
 
-def panel_numbers(layout: Layout, index: Expr, count: int) -> list[Expr]:
-    """The panels of a tile; the last tile repeats the last panel."""
-    first = [T.Bind(index * count)]
-    return first + [T.Bind(T.min(index * count + i, layout.panels - 1)) for i in range(1, count)]
+    def size(self) -> Expr:
+        """The number of tokens in the function under construction."""
+        return self.tokens if isinstance(self.tokens, int) else T.int64()
 
+    def name(self, what: str, *details: object) -> str:
+        """A kernel's name."""
+        parts = (
+            "decode" if self.tokens == 1 else "prefill",
+            what,
+            *details,
+            "int8" if self.integer else "f32",
+        )
+        return "_".join(str(p) for p in parts if p).replace("-", "_")
 
-def accumulate(
-    layout: Layout,
-    isa: Isa,
-    integer: bool,
-    buffers: Mapping[str, Any],
-    numbers: list[Expr],
-    tokens: list[Expr],
-    total: Registers,
-) -> None:
-    """Adds the products of a tile to `total`, panel by panel."""
-    panels = [Panel(layout, buffers, n, prefetch=len(tokens) == 1) for n in numbers]
-    tile = TILES[integer](layout, isa, buffers, len(panels), tokens)
-    Walk(layout, tile, panels, total, _chunk(layout, len(panels) * len(tokens), integer)).run()
-
-
-def _write(y: Any, total: Registers, first: int, tokens: list[Expr], panel: Expr, rows: int) -> None:
-    def write(start: Expr, lanes: int) -> None:
-        for t, token in enumerate(tokens):
-            store(y, total.get(first + t, start, lanes), token, panel * PANEL + start, lanes=lanes)
-
-    write_panel(panel, rows, write)
+    def sums(self, layout: Layout, buffers: Mapping[str, Any], index: Expr, tokens: list[Expr]) -> "Sums":
+        """x @ weight.T for the tokens and a tile of panels. The last tile repeats the last panel."""
+        count = self.tile[0]
+        numbers = [T.Bind(index * count)]
+        numbers += [T.Bind(T.min(index * count + i, layout.panels - 1)) for i in range(1, count)]
+        panels = [Panel(layout, buffers, n, prefetch=self.tokens == 1) for n in numbers]
+        total = Registers(count * len(tokens))
+        total.clear()
+        tile = TILES[self.integer](layout, self.isa, buffers, count, tokens)
+        Walk(layout, tile, panels, total, _chunk(layout, count * len(tokens), self.integer)).run()
+        return Sums(layout.rows, numbers, tokens, total)
 
 
-def over_tiles(many: int, size: Expr, tokens: int, body: Callable[[Expr, list[Expr]], None]) -> None:
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """What a tile came to."""
+
+    rows: int
+    panels: list[Expr]
+    tokens: list[Expr]
+    total: Registers
+
+    def write(self, value: Callable[[int, Expr, Expr, Expr, int], None]) -> None:
+        """`value(sum, token, first row, first lane, lanes)` for each panel and token."""
+        for p, panel in enumerate(self.panels):
+
+            def lanes(start: Expr, width: int, p: int = p, panel: Expr = panel) -> None:
+                for t, token in enumerate(self.tokens):
+                    value(p * len(self.tokens) + t, token, panel * PANEL + start, start, width)
+
+            write_panel(panel, self.rows, lanes)
+
+
+def over_tiles(job: Job, many: int, size: Expr, body: Callable[[Expr, list[Expr]], None]) -> None:
     """`body(tile of panels, tokens)`: tokens in portions whose inputs stay in cache, then panels, then tiles.
 
     The tokens behind the last one repeat it.
     """
-    if isinstance(size, int) and size == 1:
+    if job.tokens == 1:
         with T.parallel(0, many) as index:
             body(index, [0])
         return
+    tokens = job.tile[1]
     portion = TOKENS_AT_ONCE // tokens * tokens
     with T.serial(0, (size + portion - 1) // portion) as outer, T.parallel(0, many) as index:
         here = T.min(size - outer * portion, portion)
@@ -214,15 +232,70 @@ def over_tiles(many: int, size: Expr, tokens: int, body: Callable[[Expr, list[Ex
             body(index, [T.Bind(T.min(first + i, size - 1)) for i in range(tokens)])
 
 
-def decode_linear(format_: Format, rows: int, columns: int, isa: Isa, *, integer: bool) -> Kernel:
-    """y [1, rows] of one token: x f32 [1, columns], or int8 as `quantize_activations` makes it.
+def _linear(layout: Layout, job: Job, added: tuple[str, ...]) -> Kernel:
+    extra = {
+        "bias": Operand("bias", (layout.rows,), "float32"),
+        "residual": Operand("residual", (job.tokens, layout.rows), "float32"),
+    }
+    inputs = (
+        *activation_operands(layout, job.integer, job.tokens),
+        *weight_operands(layout, job.isa),
+        *(extra[name] for name in added),
+    )
+    outputs = (Operand("y", (job.tokens, layout.rows), "float32"),)
+    with vectors.kernel() as made:
+        size = job.size()
+        buffers = declare((*inputs, *outputs), size)
 
-    Raises CompileError for a group size that has no kernel.
+        def body(index: Expr, at: list[Expr]) -> None:
+            sums = job.sums(layout, buffers, index, at)
+
+            def write(i: int, token: Expr, row: Expr, start: Expr, lanes: int) -> None:
+                value = sums.total.get(i, start, lanes)
+                if "bias" in added:
+                    value = value + load(buffers["bias"], row, lanes=lanes)
+                if "residual" in added:
+                    value = value + load(buffers["residual"], token, row, lanes=lanes)
+                store(buffers["y"], value, token, row, lanes=lanes)
+
+            sums.write(write)
+
+        over_tiles(job, job.tiles(layout), size, body)
+    name = job.name(layout.format.name, f"{layout.rows}x{layout.columns}", *added)
+    return Kernel(name, inputs, outputs, made.primfunc)
+
+
+def _added(bias: bool, residual: bool) -> tuple[str, ...]:
+    return tuple(name for name, wanted in (("bias", bias), ("residual", residual)) if wanted)
+
+
+def decode_linear(
+    format_: Format,
+    rows: int,
+    columns: int,
+    isa: Isa,
+    *,
+    integer: bool,
+    bias: bool = False,
+    residual: bool = False,
+) -> Kernel:
+    """y f32 [1, rows] of one token: x f32 [1, columns], or int8 as `quantize_activations` makes it.
+
+    `bias` f32 [rows] and `residual` f32 [1, rows] are added where they are wanted. Raises CompileError for a
+    group size that has no kernel.
     """
-    return _linear(Layout(format_, rows, columns), isa, integer, (1, 1), 1)
+    return _linear(Layout(format_, rows, columns), Job(isa, integer, 1), _added(bias, residual))
 
 
-def prefill_linear(format_: Format, rows: int, columns: int, isa: Isa, *, integer: bool) -> Kernel:
+def prefill_linear(
+    format_: Format,
+    rows: int,
+    columns: int,
+    isa: Isa,
+    *,
+    integer: bool,
+    bias: bool = False,
+    residual: bool = False,
+) -> Kernel:
     """y [m, rows] of m tokens, which are counted when it runs. As `decode_linear` otherwise."""
-    tile = isa.tile if integer else isa.float_tile
-    return _linear(Layout(format_, rows, columns), isa, integer, tile, TOKENS)
+    return _linear(Layout(format_, rows, columns), Job(isa, integer, TOKENS), _added(bias, residual))
