@@ -157,7 +157,8 @@ def test_another_processor_is_compiled_for_and_not_checked(
     from gammac.runtime import tvm_session
 
     monkeypatch.setattr(tvm_session, "host_flags", lambda: frozenset({"sse2"}))
-    wanted = ["--backend", "tvm", "--target", "cpu-x86-avx2", "--formats", "w4g64", "--context", 32]
+    wanted = ["--backend", "tvm", "--target", "cpu-x86-avx2", "--formats", "w4g64"]
+    wanted += ["--budget", 4, "--context", 32]
     said = gammac("compile", "tiny", "-o", tmp_path / "out", *wanted, *QUICK)
     assert said.exit_code == 0, said.output
     assert "note: not checked: the artifact uses avx2, this processor lacks" in said.stdout.replace("\n", " ")
