@@ -16,8 +16,9 @@ from gammac.targets.tvm.kernels.isa import Isa
 from gammac.targets.tvm.lowering import Lowering
 from gammac.targets.tvm.lowerings import LOWERINGS, heads_of
 from gammac.targets.tvm.names import INT8, MODEL_FILES
+from gammac.targets.tvm.nodes import INTEGER, Tensor, whole
 from gammac.targets.tvm.params import ParamFile
-from gammac.targets.tvm.program import INTEGER, FunctionWriter, Program, Tensor, whole
+from gammac.targets.tvm.program import FunctionWriter, Program
 from gammac.targets.tvm.tir import tables
 from gammac.targets.tvm.tir.attention import BLOCK, Tiling
 from gammac.weights import WeightStore
@@ -102,7 +103,7 @@ def _write(
     users = Counter(o for op in function.ops for o in op.operands if isinstance(o, Value))
     users.update(o for o in function.returns if isinstance(o, Value))
     tiling = Tiling(8, 16) if isa.vector_bits >= 512 else Tiling(4, 4)
-    at = Lowering(module, store, f, isa, integer, capacity, tiling, users)
+    at = Lowering(module, store, f, isa, integer, capacity, tiling, users, function.producers())
     builder = f.program.builder
     with builder.function(name, f.arguments):
         with builder.dataflow():

@@ -5,11 +5,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gammac.formats import load_float
-from gammac.ir import Module, Operand, Value, WeightRef
+from gammac.ir import Module, Op, Operand, Value, WeightRef
 from gammac.targets.tvm.kernels.isa import Isa
-from gammac.targets.tvm.program import FunctionWriter, Node, Tensor
+from gammac.targets.tvm.nodes import Node, Tensor
+from gammac.targets.tvm.program import FunctionWriter
 from gammac.targets.tvm.tir.attention import Tiling
 from gammac.weights import WeightStore
+
+
+def function_of(op: Op) -> str:
+    """The name of an elementwise op in the kernels' table."""
+    return "gelu_tanh" if op.attrs.get("approximate") == "tanh" else op.name
 
 
 @dataclass
@@ -26,6 +32,7 @@ class Lowering:
     capacity: int
     tiling: Tiling
     users: Mapping[Value, int]
+    producers: Mapping[Value, Op]
     values: dict[Value, Node] = field(default_factory=dict)
 
     def node(self, operand: Operand) -> Node:
@@ -36,6 +43,10 @@ class Lowering:
     def tensor(self, operand: Operand) -> Tensor:
         """An operand, computed."""
         return self.f.tensor(self.node(operand))
+
+    def alone(self, operand: Operand) -> bool:
+        """Whether one op alone reads an operand."""
+        return isinstance(operand, Value) and self.users.get(operand, 0) == 1
 
     def floats(self, operand: Operand) -> Any:
         """A float weight as a parameter, as it is shaped in the module."""

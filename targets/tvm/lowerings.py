@@ -5,9 +5,9 @@ from math import prod
 from typing import Any, Final
 
 from gammac.ir import Op, Operand, Value, WeightRef
-from gammac.targets.tvm.lowering import Lowering
-from gammac.targets.tvm.products import lower_embedding, lower_linear
-from gammac.targets.tvm.program import Lazy, Node, Normed, Part, Tensor, apply, number, one_row, whole
+from gammac.targets.tvm.lowering import Lowering, function_of
+from gammac.targets.tvm.nodes import Lazy, Node, Normed, Part, Tensor, apply, number, one_row, whole
+from gammac.targets.tvm.products import lower_embedding, lower_gated, lower_linear, lower_sum
 from gammac.targets.tvm.tir import norms, tables
 from gammac.targets.tvm.tir.attention import Heads, Rows, append, attention
 
@@ -48,19 +48,27 @@ def settled(at: Lowering, op: Op, node: Lazy) -> Node:
     return node if at.users.get(op.result, 0) == 1 else whole(at.f.tensor(node))
 
 
-LOWERINGS.update(
-    {
-        name: _tree(name)
-        for name in ("add", "sub", "mul", "div", "neg", "relu", "exp", "sigmoid", "tanh", "silu")
-    },
-    residual_add=_tree("add"),
-)
+AS_NAMED: Final = ("sub", "div", "neg", "relu", "exp", "sigmoid", "tanh", "silu")
+LOWERINGS.update({name: _tree(name) for name in AS_NAMED})
+
+
+def _first_of(special: Callable[[Lowering, Op], Node | None], otherwise: Lower) -> Lower:
+    """A lowering that knows a shorter way for some operands."""
+
+    def lower(at: Lowering, op: Op) -> Sequence[Node]:
+        found = special(at, op)
+        return otherwise(at, op) if found is None else [found]
+
+    return lower
+
+
+LOWERINGS["add"] = LOWERINGS["residual_add"] = _first_of(lower_sum, _tree("add"))
+LOWERINGS["mul"] = _first_of(lower_gated, _tree("mul"))
 
 
 @_lowering
 def _gelu(at: Lowering, op: Op) -> Node:
-    function = "gelu_tanh" if op.attrs.get("approximate", "none") == "tanh" else "gelu"
-    return settled(at, op, apply(function, at.node(op.operands[0])))
+    return settled(at, op, apply(function_of(op), at.node(op.operands[0])))
 
 
 @_lowering

@@ -1,89 +1,13 @@
-"""A Relax module under construction: kernels that are made once, parameters, and functions that call them.
-
-Values of a function are tensors [rows, width], or trees of elementwise operations on such tensors that
-become one kernel when something else needs their result.
-"""
+"""A Relax module under construction: kernels that are made once, parameters, and functions that call them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from tvm import relax, tirx  # type: ignore[import-untyped]
 
+from gammac.targets.tvm.nodes import FLOAT, INTEGER, Deferred, Node, Part, Tensor
 from gammac.targets.tvm.params import Array, ParamFile
-from gammac.targets.tvm.tir.elementwise import Apply, Number, Source, Tree, elementwise
-
-FLOAT: Final = "float32"
-INTEGER: Final = "int64"
-
-Register = Callable[[Any, int, bool], int]
-
-
-@dataclass(frozen=True, eq=False)
-class Tensor:
-    """A result [rows, width]; `rows` None is the number that the function is called with."""
-
-    var: Any
-    rows: int | None
-    width: int
-    dtype: str = FLOAT
-
-
-@dataclass(frozen=True, eq=False)
-class Part:
-    """Columns of a tensor, not copied."""
-
-    tensor: Tensor
-    column: int
-    width: int
-
-    @property
-    def rows(self) -> int | None:
-        """Those of the tensor."""
-        return self.tensor.rows
-
-    @property
-    def dtype(self) -> str:
-        """That of the tensor."""
-        return self.tensor.dtype
-
-    def tree(self, register: Register) -> Tree:
-        """Its part in a kernel."""
-        return Source(register(self.tensor.var, self.tensor.width, False), self.tensor.width, self.column)
-
-
-@dataclass(frozen=True, eq=False)
-class Lazy:
-    """A tree of elementwise operations, not computed yet."""
-
-    rows: int | None
-    width: int
-    dtype: str
-    tree: Callable[[Register], Tree]
-
-
-class Normed:
-    """An RMS norm of whole rows that is not computed yet: what reads it may want it in int8."""
-
-    dtype = FLOAT
-
-    def __init__(self, x: Tensor, weight: Any, eps: float, make: Callable[[], Tensor]) -> None:
-        self.x, self.weight, self.eps, self._make = x, weight, eps, make
-        self.rows, self.width = x.rows, x.width
-        self._made: Tensor | None = None
-
-    def tensor(self) -> Tensor:
-        """In f32, computed once."""
-        if self._made is None:
-            self._made = self._make()
-        return self._made
-
-    def tree(self, register: Register) -> Tree:
-        """Its part in a kernel."""
-        return whole(self.tensor()).tree(register)
-
-
-Node = Part | Lazy | Normed
+from gammac.targets.tvm.tir.elementwise import Apply, Source, Tree, elementwise
 
 
 class Program:
@@ -199,7 +123,7 @@ class FunctionWriter:
 
     def tensor(self, node: Node) -> Tensor:
         """A node's values as a tensor of their own."""
-        if isinstance(node, Normed):
+        if isinstance(node, Deferred):
             return node.tensor()
         if isinstance(node, Part) and (node.column, node.width) == (0, node.tensor.width):
             return node.tensor
@@ -223,37 +147,3 @@ def _widths(tree: Tree) -> list[int]:
     if isinstance(tree, Source):
         return [tree.width]
     return [w for operand in tree.operands for w in _widths(operand)] if isinstance(tree, Apply) else []
-
-
-# ---- nodes --------------------------------------------------------------------------------------
-
-
-def whole(tensor: Tensor) -> Part:
-    """A tensor as a node."""
-    return Part(tensor, 0, tensor.width)
-
-
-def one_row(var: Any, like: Node) -> Lazy:
-    """A vector that stands for every row; `like` has the sizes."""
-    return Lazy(
-        like.rows,
-        like.width,
-        like.dtype,
-        lambda register: Source(register(var, like.width, True), like.width, 0, True),
-    )
-
-
-def number(value: float, like: Node) -> Lazy:
-    """A constant; `like` has the sizes."""
-    return Lazy(like.rows, like.width, like.dtype, lambda register: Number(value))
-
-
-def apply(function: str, *operands: Node) -> Lazy:
-    """A function of nodes of one size."""
-    first = operands[0]
-    sizes = {(o.rows, o.width, o.dtype) for o in operands}
-    assert len(sizes) == 1, f"{function} of {sizes}"
-    return Lazy(
-        first.rows, first.width, first.dtype,
-        lambda register: Apply(function, tuple(o.tree(register) for o in operands)),
-    )  # fmt: skip
