@@ -51,11 +51,11 @@ ISAS: Final[Mapping[str, Isa]] = {
         ),
         Isa(
             "avxvnni", "x86_64", (*_V3, "avx_vnni"), {**_X86, "mcpu": "x86-64-v3", "mattr": ("+avxvnni",)},
-            vector_bits=256, leaf="vnni256", tile=(1, 4), float_tile=(1, 4),
+            vector_bits=256, leaf="vnni256", tile=(1, 5), float_tile=(1, 5),
         ),
         Isa(
             "avx2", "x86_64", _V3, {**_X86, "mcpu": "x86-64-v3"},
-            vector_bits=256, leaf="maddubs", tile=(1, 4), float_tile=(1, 4),
+            vector_bits=256, leaf="maddubs", tile=(2, 4), float_tile=(1, 5),
         ),
         Isa(
             "generic", "x86_64", (), {**_X86, "mcpu": "x86-64"},
