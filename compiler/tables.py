@@ -45,7 +45,8 @@ def cost_line(cost: Cost) -> str:
 
 def closing_lines(compiled: Compiled) -> Iterator[str]:
     """What a compile reached, what was not quantized and why, and what to do next."""
-    manifest, check = compiled.manifest, compiled.check and compiled.check.against_original
+    manifest = compiled.manifest
+    check = compiled.check.against_original if compiled.check is not None else None
     size = sum(entry.size_bytes for entry in manifest.files.values())
     yield (
         f"{size / 1e6:.1f} MB, payload {manifest.payload_bits:.3f} bits, true {manifest.true_bits:.3f} bits, "

@@ -118,8 +118,9 @@ class TvmSession:
             row = _zeros((len(tokens), 1), np.int64)
             row[:, 0] = tokens
             ids = self._ffi.from_dlpack(row)
-        out: Logits = np.from_dlpack(self._functions[name](ids, length, caches, self._params))
-        return out
+        out: Any = np.from_dlpack(self._functions[name](ids, length, caches, self._params))
+        logits: Logits = out
+        return logits
 
 
 def _zeros(shape: Sequence[int], dtype: npt.DTypeLike) -> npt.NDArray[Any]:

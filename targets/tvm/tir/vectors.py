@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-from tvm import tirx  # type: ignore[import-untyped]
+from tvm import tirx as tirx  # type: ignore[import-untyped]
 from tvm.script.ir_builder import IRBuilder  # type: ignore[import-untyped]
-from tvm.script.ir_builder import tirx as T  # type: ignore[import-untyped]
+from tvm.script.ir_builder import tirx as builder_of_tirx
 
+T: Final[Any] = builder_of_tirx
 LANES: Final = 16
-# TVM's loads are aligned to what it knows of a buffer, and every tensor of ours starts at 64 bytes
-ALIGNMENT: Final = 64
 
 Expr = Any
 
