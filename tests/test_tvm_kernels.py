@@ -24,6 +24,7 @@ from gammac.targets.tvm.kernels import (  # noqa: E402
     decode_linear,
     gated_linear,
     isa_of,
+    leaves,
     lowering,
     pack,
     packed_bytes,
@@ -33,12 +34,14 @@ from gammac.targets.tvm.kernels import (  # noqa: E402
     stacked_linear,
 )
 from gammac.targets.tvm.kernels.isa import host_flags  # noqa: E402
+from gammac.targets.tvm.tir.vectors import T, splat_int  # noqa: E402
 
 HOST = isa_of("cpu")
 EPSILON = float(np.finfo(np.float32).eps)
-# the leaf of AVX-VNNI is tested with the same instructions of AVX-512
+# the leaf of AVX-VNNI is tested with the same instructions of AVX-512, that of NEON and RVV with AVX2's
 HERE = {
     **ISAS,
+    "words": replace(ISAS["avx2"], name="words", leaf="words"),
     "avxvnni": replace(ISAS["avxvnni"], llvm=ISAS["avx512vnni"].llvm, cpu_flags=ISAS["avx512vnni"].cpu_flags),
 }
 FORMATS = [
@@ -134,15 +137,16 @@ def test_decode_equals_dequantize(format_: str) -> None:
         check(format_, 40, columns, HOST, integer, 1)
 
 
-@pytest.mark.parametrize("format_", FORMATS[::2])
+@pytest.mark.parametrize(
+    "format_", ["w1g32", "w2g128-sym", "w3g16", "w3g256", "w4channel", "w6g32", "w8g128"]
+)
 def test_prefill_equals_dequantize_for_any_number_of_tokens(format_: str) -> None:
-    columns = 320 if "g20" in format_ else 768
     for tokens in (2, 9):
-        check(format_, 24, columns, HOST, True, tokens)
-    check(format_, 24, columns, HOST, False, 9)
+        check(format_, 24, 768, HOST, True, tokens)
+    check(format_, 24, 768, HOST, False, 9)
 
 
-@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("isa", [name for name, isa in HERE.items() if isa.machine == HOST.machine])
 @pytest.mark.parametrize("format_", ["w3g32", "w8g64", "w1channel-sym"])
 def test_every_instruction_set_of_this_machine(isa: str, format_: str) -> None:
     if not runnable(HERE[isa]):
@@ -164,23 +168,39 @@ def test_large_prompts_are_cut_into_portions() -> None:
     check("w4g32", 16, 64, HOST, True, 521)
 
 
-@pytest.mark.parametrize("isa", ["avx2", "avx512vnni", "generic"])
+@pytest.mark.parametrize("isa", ["avx2", "words", "avx512vnni"])
 def test_extreme_codes_and_inputs_do_not_overflow(isa: str) -> None:
     """255 * 127 twice is more than 16 bits hold: the case that vpmaddubsw saturates."""
     if not runnable(HERE[isa]):
         pytest.skip(f"this machine has no {isa}")
-    for name in ("w8g128-sym", "w7g128-sym", "w4g128-sym"):
+    for name in ("w8g64-sym", "w7g64-sym", "w4g64-sym"):
         format_ = parse_format(name)
         for code in (0, format_.levels):
-            codes = torch.full((16, 128), code, dtype=torch.uint8)
+            codes = torch.full((16, 64), code, dtype=torch.uint8)
             weight = Quantized(format_, codes, torch.ones(16, 1, dtype=torch.float16))
-            kernel, library = built(decode_linear, name, 16, 128, isa, True)
+            kernel, library = built(decode_linear, name, 16, 64, isa, True)
             for sign in (1, -1):
-                given_, meant = quantized_inputs(
-                    np.full((1, 128), sign, np.float32), Layout(format_, 16, 128)
-                )
+                given_, meant = quantized_inputs(np.full((1, 64), sign, np.float32), Layout(format_, 16, 64))
                 y = call(kernel, library, {**given_, **pack(weight, HERE[isa])}, 1)["y"]
                 assert error(y, meant, weight) < 4 * EPSILON
+
+
+@pytest.mark.parametrize("format_", ["w3g32", "w8g64-sym"])
+def test_sdot_by_its_definition(format_: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NEON's instruction replaced by what it is said to do, so that the leaf around it runs here."""
+
+    def sdot(_: str, name: str, total: Any, codes: Any, spread: Any) -> Any:
+        assert name == "llvm.aarch64.neon.sdot.v4i32.v16i8"
+        words = [T.Bind(T.reinterpret("int32x4", operand)) for operand in (codes, spread)]
+        for j in range(4):
+            left, right = ((w << splat_int(24 - 8 * j, 4)) >> splat_int(24, 4) for w in words)
+            total = total + left * right
+        return total
+
+    monkeypatch.setattr(leaves.tirx, "call_llvm_pure_intrin", sdot)
+    isa = replace(ISAS["generic"], name="sdot here", leaf="sdot")
+    monkeypatch.setitem(HERE, isa.name, isa)
+    check(format_, 20, 64, isa, True, 1)
 
 
 def test_int8_inputs_cost_little_more_than_the_weights_do() -> None:
@@ -268,7 +288,7 @@ def test_norm_and_rounding_in_one(tokens: int) -> None:
     ("isa", "instruction"),
     [
         ("avx512vnni", "vpdpbusd"), ("avxvnni", "vpdpbusd"), ("avx2", "vpmaddubsw"), ("generic", "pmaddwd"),
-        ("neon-dotprod", "sdot"), ("neon", "mla"), ("rvv", "vmacc"), ("armv7", "vmla.i32"),
+        ("neon-dotprod", "sdot"), ("neon", "smlal"), ("rvv", "vwmacc"), ("armv7", "vmla.i16"),
     ],
 )  # fmt: skip
 def test_kernels_use_the_instructions(isa: str, instruction: str) -> None:

@@ -68,7 +68,7 @@ ISAS: Final[Mapping[str, Isa]] = {
         ),
         Isa(
             "neon", "aarch64", ("asimd",), {**_ARM64, "mcpu": "generic", "mattr": ("+neon",)},
-            vector_bits=128, leaf="widen", tile=(1, 4), float_tile=(1, 4),
+            vector_bits=128, leaf="words", tile=(1, 2), float_tile=(1, 4),
         ),
         Isa(
             "rvv", "riscv64", (),
@@ -76,7 +76,7 @@ ISAS: Final[Mapping[str, Isa]] = {
                 "mtriple": "riscv64-linux-gnu", "mcpu": "generic-rv64", "mabi": "lp64d",
                 "mattr": ("+m", "+a", "+f", "+d", "+c", "+v", "+zvl128b"),
             },
-            vector_bits=128, leaf="widen", tile=(1, 4), float_tile=(1, 4), scale_dtype="float32",
+            vector_bits=128, leaf="words", tile=(1, 1), float_tile=(1, 4), scale_dtype="float32",
         ),
         Isa(
             "armv7", "armv7l", ("neon", "vfpv4"),
@@ -84,7 +84,7 @@ ISAS: Final[Mapping[str, Isa]] = {
                 "mtriple": "armv7-linux-gnueabihf", "mcpu": "cortex-a7", "mattr": ("+neon", "+vfp4"),
                 "mfloat-abi": "hard",
             },
-            vector_bits=128, leaf="widen", tile=(1, 2), float_tile=(1, 2), scale_dtype="float32",
+            vector_bits=128, leaf="words", tile=(1, 1), float_tile=(1, 2), scale_dtype="float32",
         ),
     )
 }  # fmt: skip

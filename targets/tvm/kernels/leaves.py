@@ -15,7 +15,7 @@ _SIGN_BITS: Final = -0x7F7F7F80  # 0x80808080
 
 
 class Leaf:
-    """Widens to 32 bits and multiplies: runs everywhere."""
+    """What all have in common; `dot`, or `step`, is a leaf's own."""
 
     def __init__(self, bits: int, make: Callable[[int, str], Any], count: int) -> None:
         self.bits = bits
@@ -43,10 +43,7 @@ class Leaf:
 
     def dot(self, total: Expr, codes: Expr, inputs: Expr) -> Expr:
         """total + the dot products."""
-        for j in range(4):
-            code = (codes >> splat_int(8 * j, LANES)) & splat_int(255, LANES)
-            total = total + code * T.broadcast(_byte(inputs, j), LANES)
-        return total
+        raise NotImplementedError
 
 
 class Vnni512(Leaf):
@@ -82,12 +79,12 @@ class Maddubs(Leaf):
     def __init__(self, bits: int, make: Callable[[int, str], Any], count: int) -> None:
         super().__init__(bits, make, count)
         self._pending: list[list[Expr]] = [[] for _ in range(count)]
-        self._fits = 32767 // (2 * 127 * (128 if bits == 8 else (1 << bits) - 1))
+        self._fits = 32767 // (2 * 127 * _largest(bits))
 
     @property
     def offset(self) -> int:
         """128 for 8 bits."""
-        return 128 if self.bits == 8 else 0
+        return _offset(self.bits)
 
     def step(self, i: int, codes: Expr, inputs: Expr) -> None:
         """Two instructions, and an addition."""
@@ -140,13 +137,59 @@ class Pmaddwd(Leaf):
         return total
 
 
+class Words(Leaf):
+    """Products in 16 bits, as many added as fit before they are widened: where there are no dot products.
+
+    LLVM makes smlal of it, and vwmacc.
+    """
+
+    def __init__(self, bits: int, make: Callable[[int, str], Any], count: int) -> None:
+        super().__init__(bits, make, count)
+        self._pending: list[Expr] = [None] * count
+        self._steps = [0] * count
+        self._fits = 32767 // (127 * _largest(bits))
+
+    @property
+    def offset(self) -> int:
+        """128 for 8 bits."""
+        return _offset(self.bits)
+
+    def step(self, i: int, codes: Expr, inputs: Expr) -> None:
+        """Signed 8 bits by signed 8 bits."""
+        if self.bits == 8:
+            codes = codes ^ splat_int(_SIGN_BITS, LANES)
+        spread = T.cast(T.reinterpret("int8x64", T.broadcast(inputs, LANES)), "int16x64")
+        product = T.cast(T.reinterpret("int8x64", codes), "int16x64") * spread
+        pending = self._pending[i]
+        self._pending[i] = T.Bind(product if pending is None else pending + product)
+        self._steps[i] += 1
+        if self._steps[i] == self._fits:
+            self._widen(i)
+
+    def _widen(self, i: int) -> None:
+        """A row's four sums of 16 bits are halves of two lanes of 32."""
+        pairs = T.Bind(T.reinterpret("int32x32", self._pending[i]))
+        sums = T.Bind(((pairs << splat_int(16, 32)) >> splat_int(16, 32)) + (pairs >> splat_int(16, 32)))
+        two = T.Bind(T.reinterpret("int64x16", sums))
+        self._sums.add(
+            i, T.cast(two, "int32x16") + T.cast(two >> T.broadcast(T.int64(32), LANES), "int32x16")
+        )
+        self._pending[i], self._steps[i] = None, 0
+
+    def pause(self) -> None:
+        """Widens what is pending."""
+        for i, steps in enumerate(self._steps):
+            if steps:
+                self._widen(i)
+
+
 class Sdot(Leaf):
     """Four sdot (NEON with dot products): s8 by s8, so that codes of 8 bits are taken less 128."""
 
     @property
     def offset(self) -> int:
         """128 for 8 bits."""
-        return 128 if self.bits == 8 else 0
+        return _offset(self.bits)
 
     def dot(self, total: Expr, codes: Expr, inputs: Expr) -> Expr:
         """Quarters."""
@@ -159,6 +202,16 @@ class Sdot(Leaf):
             return tirx.call_llvm_pure_intrin("int32x4", name, total, T.reinterpret("int8x16", codes), spread)
 
         return _split(quarter, 4, total, codes)
+
+
+def _offset(bits: int) -> int:
+    """What makes signed bytes of codes."""
+    return 128 if bits == 8 else 0
+
+
+def _largest(bits: int) -> int:
+    """The largest magnitude of a code less `_offset`."""
+    return 128 if bits == 8 else (1 << bits) - 1
 
 
 def _byte(inputs: Expr, j: int) -> Expr:
@@ -186,7 +239,7 @@ def _split(body: Callable[..., Expr], lanes: int, *operands: Expr, width: int = 
 
 
 LEAVES: Final[Mapping[str, type[Leaf]]] = {
-    "widen": Leaf,
+    "words": Words,
     "pmaddwd": Pmaddwd,
     "maddubs": Maddubs,
     "vnni256": Vnni256,
