@@ -252,6 +252,14 @@ def test_running_needs_neither_the_compiler_nor_torch(folder: Path) -> None:
     assert done.stdout.splitlines()[1] == "[]"
 
 
+def test_everything_else_works_without_tvm() -> None:
+    script = (
+        "import sys; sys.modules['tvm'] = sys.modules['tvm_ffi'] = None\n"
+        "import gammac.driver, gammac.evaluation, gammac.passes, gammac.runtime.bench, gammac.sweep"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 def test_an_entry_counts_its_bytes() -> None:
     assert Entry("w", "float16", (3, 5), 0).nbytes == 30
 

@@ -58,6 +58,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory, gammac: Run) -> Path:
     said = gammac("compile", "tiny", "-o", folder, *wanted, *QUICK)
     assert said.exit_code == 0, said.output
     assert "payload 3.000 bits" in said.output and "next: gammac run" in said.output
+    assert "activations in int8" not in said.output
     return folder
 
 
