@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from gammac.targets.tvm.kernels.isa import Isa
 
 TVM_VERSION: Final = "0.27."
+# leaves that one instruction or two make of four products in 8 bits: faster than floats
+DOT_PRODUCTS: Final = frozenset({"vnni512", "vnni256", "maddubs", "sdot"})
 
 
 class Backend(Protocol):
@@ -140,6 +142,6 @@ def _tvm(target: Target, portable: bool, activations: str) -> TvmBackend:
     from gammac.targets.tvm.build import demand_linker
     from gammac.targets.tvm.kernels.isa import isa_of
 
-    demand_linker()
     isa = isa_of(target)
-    return TvmBackend(target, isa, activations or (FLOAT if isa.leaf == "generic" else INT8))
+    demand_linker(isa.machine)
+    return TvmBackend(target, isa, activations or (INT8 if isa.leaf in DOT_PRODUCTS else FLOAT))

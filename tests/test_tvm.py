@@ -274,6 +274,8 @@ def test_without_a_linker_one_is_named(
     without("ziglang")
     with pytest.raises(CompileError, match=r"none of cc, gcc, clang[^$]*pip install ziglang"):
         demand_linker()
+    with pytest.raises(CompileError, match="none of aarch64-linux-gnu-gcc"):
+        demand_linker("aarch64")
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ def emit(module: Module, store: WeightStore, folder: Path, isa: Isa, activations
     Raises CompileError for an op that has no kernel, and where there is no linker.
     """
     refuse_unknown(module)
-    demand_linker()
+    demand_linker(isa.machine)
     function, capacity = module.functions["decode"], capacity_of(module)
     paths = [folder / name for name in MODEL_FILES]
     with ParamFile(paths[1]) as data:
