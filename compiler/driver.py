@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
+from gammac.backends import Backend, backend_of
 from gammac.budget import SIZE, Budget, parse_budgets
 from gammac.cache import PassCache, key_of
 from gammac.diagnostics import CompileError
@@ -22,6 +23,7 @@ from gammac.models_zoo.registry import MODELS
 from gammac.models_zoo.texts import default_calibration_text
 from gammac.passes import Choices, default_pipeline, refine_of, strategy_of
 from gammac.passes.finetune import Distill
+from gammac.passes.legalize_onnx import within_context
 from gammac.passes.refine import Refine
 from gammac.passes.sensitivity import NEED_NEXT_TOKEN
 from gammac.pipeline import Context, Observer, Pipeline, Step
@@ -29,12 +31,10 @@ from gammac.progress import Progress, no_progress
 from gammac.runtime.artifact import seal
 from gammac.runtime.check import Check, check_artifact
 from gammac.runtime.evaluate import Comparison, OutputComparison
-from gammac.runtime.manifest import Manifest
+from gammac.runtime.manifest import TOOLS, Manifest, tool_versions
 from gammac.runtime.staging import check_writable, staging
 from gammac.targets.cost import Cost, module_cost
-from gammac.targets.onnx.any_bits import find_compiler
-from gammac.targets.onnx.emit import emit, emitted_function
-from gammac.targets.onnx.library import library_builder
+from gammac.targets.onnx.emit import emitted_function
 from gammac.targets.target import ANY, BLOCK, NO_EMITTER, REFERENCE, TABLE, Target, load_target
 from gammac.texts import Calibration, read_text, token_windows
 from gammac.weights import WeightStore
@@ -68,6 +68,11 @@ class Request:
     trust_remote_code: bool = False
     # without the native library of wide and narrow widths, even where a compiler is at hand
     portable: bool = False
+    # the emitter, where the target has several; the longest sequence; what products take: "" and 0 leave
+    # it to the target and the emitter
+    backend: str = ""
+    context: int = 0
+    product_inputs: str = ""  # int8 or float; the backend's choice if neither
 
 
 @dataclass(frozen=True)
@@ -82,8 +87,13 @@ class Plan:
     store: WeightStore
     cache: PassCache
     folder: Path
-    compiler: bool
+    backend: Backend
     capture_seconds: float
+
+    @property
+    def compiler(self) -> bool:
+        """Whether each width has a kernel of its own: for ONNX, a C++ compiler makes them."""
+        return self.backend.every_width
 
 
 @dataclass(frozen=True)
@@ -94,7 +104,7 @@ class Compiled:
     module: Module
     manifest: Manifest
     cost: Cost
-    check: Check[Comparison] | Check[OutputComparison]
+    check: Check[Comparison] | Check[OutputComparison] | None  # None: this machine can't run the artifact
     steps: tuple[Step, ...]
     notes: tuple[str, ...]
     seconds: float
@@ -115,15 +125,15 @@ def make_plan(request: Request, cache: Path | None = None, *, artifact: bool = T
     `artifact`: whether one is to be written, which some targets can't.
     """
     started = time.perf_counter()
-    target = load_target(request.target)
+    target = load_target(request.target, request.backend or None)
     budgets = parse_budgets(request.budget)
-    compiler = not request.portable and find_compiler() is not None
-    check_target(target, request.choices, compiler=compiler, artifact=artifact)
-    default_pipeline(request.choices, target.emitter, compiler=compiler)
+    folder = cache or default_cache()
+    backend = backend_of(target, folder, portable=request.portable, product_inputs=request.product_inputs)
+    check_target(target, request.choices, compiler=backend.every_width, artifact=artifact)
+    default_pipeline(request.choices, target.emitter, compiler=backend.every_width)
     if request.calibration is not None:
         read_text(request.calibration)
     source = resolve(request.model, request.trust_remote_code)
-    folder = cache or default_cache()
     store = WeightStore(folder / "weights")
     module = capture(source, store)
     wanted = (strategy_of(request.choices), *refine_of(request.choices))
@@ -133,9 +143,11 @@ def make_plan(request: Request, cache: Path | None = None, *, artifact: bool = T
         raise CompileError(
             f"{source.name} is an encoder: {needy[0]} needs a next token", hint="use --strategy weight_mse"
         )
+    within_context(module, request.context)
+    backend.demand(module, Context(target, store))
     seconds = time.perf_counter() - started
     passes = PassCache(folder / "passes")
-    return Plan(request, target, budgets, source, module, store, passes, folder, compiler, seconds)
+    return Plan(request, target, budgets, source, module, store, passes, folder, backend, seconds)
 
 
 def check_target(target: Target, choices: Choices, *, compiler: bool, artifact: bool) -> None:
@@ -197,7 +209,9 @@ def compile_model(
     with staging(out, overwrite) as folder:
         written = _lower_within_size(plan, ctx, folder, (*observers, steps.append))
         manifest = manifest_of(plan, written)
-        check = check_artifact(plan.module, written.module, ctx.store, ctx.calibration, folder, manifest)
+        check = None
+        if not plan.backend.elsewhere:
+            check = check_artifact(plan.module, written.module, ctx.store, ctx.calibration, folder, manifest)
         manifest = seal(folder, manifest)
     cost = module_cost(written.module, plan.target)
     seconds = time.perf_counter() - started + plan.capture_seconds
@@ -224,6 +238,7 @@ def _lower_within_size(plan: Plan, ctx: Context, folder: Path, observers: tuple[
             plan.target.emitter,
             compiler=plan.compiler,
             extra_bytes=extra if limit else 0,
+            context=plan.request.context,
         )
         module = Pipeline(passes, observers).run(plan.module, ctx)
         written = _write(plan, module, ctx, folder)
@@ -236,10 +251,7 @@ def _lower_within_size(plan: Plan, ctx: Context, folder: Path, observers: tuple[
 def _write(plan: Plan, module: Module, ctx: Context, folder: Path) -> Written:
     shutil.rmtree(folder)
     folder.mkdir()
-    files = emit(
-        module, ctx.store, folder, target=plan.target, compiler=plan.compiler,
-        build=library_builder(plan.folder / "library"),
-    )  # fmt: skip
+    files = plan.backend.emit(module, ctx.store, folder)
     library = next((p.name for p in files if p.suffix in LIBRARY_SUFFIXES), "")
     for path in tokenizer_files(plan.source):
         shutil.copyfile(path, folder / path.name)
@@ -278,6 +290,8 @@ def manifest_of(plan: Plan, written: Written) -> Manifest:
         not_quantized=dict(not_quantized(module)),
         fallbacks=dict(fallbacks(plan, module)),
         library=written.library,
+        activations=plan.backend.activations,
+        tools=tool_versions((*TOOLS, *plan.backend.tools)),
     )
 
 
@@ -316,6 +330,8 @@ def notes_on(plan: Plan, module: Module) -> Iterator[str]:
     rounded = {op.attrs["bits"] for op in emitted_function(module).ops if op.name == "fake_quantize"}
     if rounded:
         yield f"linears of blocks read activations of {', '.join(sorted(map(str, rounded)))} bits"
+    if plan.backend.elsewhere:
+        yield f"not checked: {plan.backend.elsewhere}"
     if not plan.compiler:
         yield "no C++ compiler: rows are split between 2, 4 and 8 bits; with one, every width has a kernel"
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from gammac.driver import resolve
 from gammac.progress import Progress
+from gammac.runtime.artifact import is_artifact, open_artifact
 from gammac.runtime.evaluate import compare, compare_outputs, perplexity, window_length, windows_for
 from gammac.runtime.generate import load_tokenizer
 from gammac.runtime.reference import TransformersSession, load_model
@@ -20,6 +21,8 @@ def evaluate_artifact(
     session = open_session(folder, threads)
     tokenizer = load_tokenizer(folder)
     found: dict[str, float | int | str] = {}
+    if is_artifact(folder):
+        found["activations"] = open_artifact(folder, verify=False).manifest.activations or "unknown"
     if text is not None:
         tokens = windows_for(text, tokenizer, windows, window_length(session))
         if reference is not None:

@@ -45,7 +45,8 @@ def cost_line(cost: Cost) -> str:
 
 def closing_lines(compiled: Compiled) -> Iterator[str]:
     """What a compile reached, what was not quantized and why, and what to do next."""
-    manifest, check = compiled.manifest, compiled.check.against_original
+    manifest = compiled.manifest
+    check = compiled.check.against_original if compiled.check is not None else None
     size = sum(entry.size_bytes for entry in manifest.files.values())
     yield (
         f"{size / 1e6:.1f} MB, payload {manifest.payload_bits:.3f} bits, true {manifest.true_bits:.3f} bits, "
@@ -57,12 +58,22 @@ def closing_lines(compiled: Compiled) -> Iterator[str]:
             f"checked on {check.tokens} tokens: KL {check.kl:.4f} nats to the original, "
             f"top token agrees {check.top1_agreement:.1%}"
         )
-    else:
+        yield from _rounding_line(compiled)
+    elif check is not None:
         yield f"checked on {check.tokens} tokens: cosine {check.cosine:.4f} to the original"
     yield from (f"note: {note}" for note in compiled.notes)
     yield f"took {compiled.seconds:.0f} s, at most {peak_rss_bytes() / 1e9:.2f} GB of memory"
     verb = "run" if manifest.kind == "decoder" else "inspect"
     yield f"next: gammac {verb} {compiled.folder}" + (" --prompt …" if verb == "run" else "")
+
+
+def _rounding_line(compiled: Compiled) -> Iterator[str]:
+    """What rounding activations costs: the artifact against the same weights in the interpreter's floats."""
+    if compiled.check is None or compiled.manifest.activations != "int8":
+        return
+    near = compiled.check.against_module
+    if isinstance(near, Comparison):
+        yield f"activations in int8: KL {near.kl:.4f} nats to the same weights in floats"
 
 
 def estimate(plan: Plan, found: Estimate) -> Table:

@@ -18,6 +18,7 @@ from gammac.passes.incoherence import Incoherence
 from gammac.passes.insert_kv_cache import InsertKvCache
 from gammac.passes.keep_precision import KeepPrecision
 from gammac.passes.legalize_onnx import LegalizeOnnx
+from gammac.passes.legalize_tvm import LegalizeTvm
 from gammac.passes.options import options_of, parse_strategy
 from gammac.passes.quantize import Quantize
 from gammac.passes.quantize_activations import QuantizeActivations, parse_activations
@@ -34,7 +35,7 @@ from gammac.targets.target import NO_EMITTER
 _IN_ORDER: Final[tuple[type[Pass], ...]] = (
     FoldConstants, RaisePatterns, FoldNorms, Rotate, SmoothQuant, Awq, InsertKvCache, KeepPrecision,
     SplitRows, CollectGrams, CollectGuidedGrams, Incoherence, Candidates, *STRATEGIES.values(), Allocate,
-    Refine, LearnRounding, Distill, Quantize, QuantizeActivations, LegalizeOnnx,
+    Refine, LearnRounding, Distill, Quantize, QuantizeActivations, LegalizeOnnx, LegalizeTvm,
 )  # fmt: skip
 PASSES: Final[Mapping[str, type[Pass]]] = {p.name: p for p in _IN_ORDER}
 
@@ -42,7 +43,7 @@ PASSES: Final[Mapping[str, type[Pass]]] = {p.name: p for p in _IN_ORDER}
 REFINED: Final = frozenset({Gamma.name})
 
 # emitter → the pass that brings a module into the form that it writes
-LEGALIZERS: Final[Mapping[str, type[Pass]]] = {"onnx": LegalizeOnnx}
+LEGALIZERS: Final[Mapping[str, type[LegalizeOnnx | LegalizeTvm]]] = {"onnx": LegalizeOnnx, "tvm": LegalizeTvm}
 
 # emitters that write fake_quantize, and the interpreter
 RUN_ACTIVATIONS: Final = ("onnx", NO_EMITTER)
@@ -172,12 +173,13 @@ def _activations_of(choices: Choices, emitter: str, compiler: bool) -> tuple[Qua
 
 
 def default_pipeline(
-    choices: Choices, emitter: str, *, compiler: bool, extra_bytes: int = 0
+    choices: Choices, emitter: str, *, compiler: bool, extra_bytes: int = 0, context: int = 0
 ) -> tuple[Pass, ...]:
     """Captured module in, module in the emitter's form out.
 
-    `compiler`: whether a C++ compiler is at hand for the emitter's own kernels; without one, rows are
-    split so that the widths of the stock kernels mix within a weight. Raises CompileError for an
+    `compiler`: whether the emitter's own kernels of every width can be had; without them, rows are split so
+    that the widths of the stock kernels mix within a weight. `context`: the longest sequence to be run (0: as
+    the emitter thinks fit). Raises CompileError for an
     unknown strategy or emitter, or for options that the strategy lacks.
     """
     strategy = strategy_of(choices)
@@ -222,5 +224,5 @@ def default_pipeline(
         Quantize(choices.inputs, *how),
         *_activations_of(choices, emitter, compiler),
         # the form that the emitter writes
-        *(() if emitter == NO_EMITTER else (LEGALIZERS[emitter](),)),
+        *(() if emitter == NO_EMITTER else (LEGALIZERS[emitter](context),)),
     )

@@ -27,22 +27,55 @@ from gammac.weights import WeightStore
 
 @dataclass(frozen=True)
 class FuseParallelLinears:
-    """Join q, k and v, and gate and up, where their weights are stored alike."""
+    """Join q, k and v, and gate and up, where their weights are stored alike. Without `gates`, linears that
+    meet in one product of elements stay apart, for a backend that has one kernel for the three."""
 
     name: ClassVar[str] = "fuse_parallel_linears"
     reads: ClassVar[tuple[str, ...]] = ()
     requires: ClassVar[tuple[Invariant, ...]] = ()
     ensures: ClassVar[tuple[Invariant, ...]] = ()
+    gates: bool = True
 
     def run(self, module: Module, ctx: Context) -> Module:
         """The module with parallel linears joined and their weights replaced."""
         made: dict[str, Weight] = {}
-        functions = [_fuse(f, module, ctx.store, made) for f in module.functions.values()]
+        functions = [self._fuse(f, module, ctx.store, made) for f in module.functions.values()]
         return module.with_weights(*made.values()).with_functions(*functions).without_unused_weights()
 
+    def _fuse(
+        self, function: Function, module: Module, store: WeightStore, made: dict[str, Weight]
+    ) -> Function:
+        apart = set() if self.gates else gates(function)
+        return _joining(function, _parallel(function, module, apart), module, store, made)
 
-def _fuse(function: Function, module: Module, store: WeightStore, made: dict[str, Weight]) -> Function:
-    groups = _parallel(function, module)
+
+def gates(function: Function) -> set[Op]:
+    """Linears whose results, or what one op makes of them, are multiplied with each other."""
+    made_by, users = function.producers(), function.users()
+
+    def linear_behind(operand: Operand) -> Op | None:
+        for _ in range(2):
+            op = made_by.get(operand) if isinstance(operand, Value) else None
+            if op is None or len(users[op.results[0]]) != 1 or op.name == "linear":
+                return op if op is not None and op.name == "linear" else None
+            operand = op.operands[0]
+        return None
+
+    found: set[Op] = set()
+    for op in function.ops:
+        if op.name == "mul":
+            pair = [linear_behind(operand) for operand in op.operands]
+            found.update(one for one in pair if one is not None and None not in pair)
+    return found
+
+
+def _joining(
+    function: Function,
+    groups: list[list[Op]],
+    module: Module,
+    store: WeightStore,
+    made: dict[str, Weight],
+) -> Function:
     first = {group[0]: group for group in groups}
     replaced: dict[Op, Value] = {}
 
@@ -54,13 +87,13 @@ def _fuse(function: Function, module: Module, store: WeightStore, made: dict[str
     return rewrite(function, rule)
 
 
-def _parallel(function: Function, module: Module) -> list[list[Op]]:
+def _parallel(function: Function, module: Module, apart: set[Op]) -> list[list[Op]]:
     """Linears that can be joined, two or more a group, each group in order."""
     mentions = Counter(o.name for op in function.ops for o in op.operands if isinstance(o, WeightRef))
     groups: dict[object, list[Op]] = {}
     for op in function.ops:
         ref = op.weight()
-        if op.name != "linear" or ref is None or mentions[ref.name] != 1:
+        if op.name != "linear" or op in apart or ref is None or mentions[ref.name] != 1:
             continue
         if len(op.operands) == 3 and op.weight(2) is None:
             continue

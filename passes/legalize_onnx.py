@@ -19,32 +19,58 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import ClassVar
 
+from gammac.diagnostics import CompileError
 from gammac.ir import Attr, Builder, Function, Module, Op, Operand, TensorType, Value, WeightRef, rewrite
 from gammac.ir.core import Attrs
 from gammac.passes.fuse_parallel_linears import FuseParallelLinears
 from gammac.pipeline import Context, Invariant
 
 SWAP_HEADS = (0, 2, 1, 3)
-# what ONNX Runtime's GroupQueryAttention asks of its sizes
-HEAD_STEP, ROTARY_HEAD_STEP, ROTARY_STEP = 8, 16, 16
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What an attention kernel asks of its sizes: what a head's features, a turned head's features and
+    the features that are turned are multiples of."""
+
+    head: int
+    rotary_head: int
+    rotary: int
+
+
+GROUP_QUERY_ATTENTION = Sizes(head=8, rotary_head=16, rotary=16)
 
 
 @dataclass(frozen=True)
 class LegalizeOnnx:
-    """Raise attention with its cache to `gqa`, slices to `split`, and drop what is not emitted."""
+    """Raise attention with its cache to `gqa`, slices to `split`, and drop what is not emitted. `context` is
+    the longest sequence of tokens that the artifact takes (0: what the model was trained on)."""
 
     name: ClassVar[str] = "legalize_onnx"
     reads: ClassVar[tuple[str, ...]] = ()
     requires: ClassVar[tuple[Invariant, ...]] = ()
     ensures: ClassVar[tuple[Invariant, ...]] = ()
+    context: int = 0
 
     def run(self, module: Module, ctx: Context) -> Module:
         """The module with one function, `decode` or, for an encoder, `forward`."""
+        module = within_context(module, self.context)
         name = "decode" if "decode" in module.functions else "forward"
         module = replace(module, functions={name: module.functions[name]})
         module = FuseParallelLinears().run(module, ctx)
         function = cancel_layouts(raise_attention(module.functions[name]))
         return module.with_functions(raise_splits(pack_rows(function))).without_unused_weights()
+
+
+def within_context(module: Module, context: int) -> Module:
+    """The module for sequences of `context` tokens (0: as it is). Raises CompileError for more."""
+    most = module.attrs.get("max_positions")
+    if context and isinstance(most, int) and context > most:
+        raise CompileError(
+            f"a context of {context} tokens is more than the {most} that {module.name} takes",
+            hint=f"give --context {most} or less",
+        )
+    return module.with_attrs(max_positions=context) if context else module
 
 
 # ---- attention ----------------------------------------------------------------------------------
@@ -62,8 +88,8 @@ class _Attention:
     rotary: tuple[WeightRef, Attrs] | None
 
 
-def raise_attention(function: Function) -> Function:
-    """Causal attention over a cache that is a parameter becomes `gqa`."""
+def raise_attention(function: Function, sizes: Sizes = GROUP_QUERY_ATTENTION) -> Function:
+    """Causal attention over a cache that is a parameter becomes `gqa` where the sizes fit its kernel."""
     users = function.users()
     presents: dict[Value, Value] = {}
 
@@ -72,7 +98,7 @@ def raise_attention(function: Function) -> Function:
             users.get(o) != [op] for o in op.operands[1:] if isinstance(o, Value)
         ):
             return None
-        found = _match(op, operands, _producers(b), function.params)
+        found = _match(op, operands, _producers(b), function.params, sizes)
         return None if found is None else (_emit_gqa(b, op, found, presents),)
 
     raised = rewrite(function, rule)
@@ -85,7 +111,7 @@ def _producers(b: Builder) -> dict[Value, Op]:
 
 
 def _match(
-    op: Op, operands: tuple[Operand, ...], made_by: Mapping[Value, Op], params: Sequence[Value]
+    op: Op, operands: tuple[Operand, ...], made_by: Mapping[Value, Op], params: Sequence[Value], sizes: Sizes
 ) -> _Attention | None:
     if len(operands) != 3 or not op.attrs["causal"]:
         return None
@@ -96,9 +122,9 @@ def _match(
     k, v = (a.operands[1] for a in appends)
     assert isinstance(q, Value) and isinstance(k, Value) and isinstance(v, Value)
     dim = q.type.shape[3]
-    if v.type.shape[3] != dim or not isinstance(dim, int) or dim % HEAD_STEP:
+    if v.type.shape[3] != dim or not isinstance(dim, int) or dim % sizes.head:
         return None
-    turned = _shared_rotation(q, k, made_by, params)
+    turned = _shared_rotation(q, k, made_by, params, sizes)
     if turned is None:
         return _Attention(q, k, v, appends[0], appends[1], None)
     q, k, table = turned
@@ -108,7 +134,7 @@ def _match(
 
 
 def _shared_rotation(
-    q: Value, k: Value, made_by: Mapping[Value, Op], params: Sequence[Value]
+    q: Value, k: Value, made_by: Mapping[Value, Op], params: Sequence[Value], sizes: Sizes
 ) -> tuple[Value, Value, Op] | None:
     """q and k before their rotation and its table, if GroupQueryAttention can do it itself."""
     ropes = [made_by.get(q), made_by.get(k)]
@@ -129,7 +155,7 @@ def _shared_rotation(
     width, dim = inv_freq.type.shape[0] * 2, q.type.shape[3]
     assert isinstance(width, int) and isinstance(dim, int)
     standard = all(r.operands[1:] == table.results for r in (q_rope, k_rope)) and positions in params
-    if not standard or dim % ROTARY_HEAD_STEP or width % ROTARY_STEP or width > dim:
+    if not standard or dim % sizes.rotary_head or width % sizes.rotary or width > dim:
         return None
     q, k = q_rope.operands[0], k_rope.operands[0]  # type: ignore[assignment]
     return q, k, table

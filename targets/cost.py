@@ -19,6 +19,10 @@ CONTEXT: Final = 512  # positions in the cache while decoding, and tokens of a p
 FLOAT_BYTES: Final = 4  # artifacts keep what is not quantized in f32
 ANY_BITS: Final = "MatMulAnyBits"
 STRIP_ROWS, CHUNK_COLUMNS = 4, 64  # it pads to these
+PANEL_ROWS: Final = 16  # PackedLinear pads rows to this
+# and columns to what fills vectors of each plane that a code is cut into: 3 bits are 2 + 1
+SUPERSTEPS: Final = {1: 32, 2: 16, 3: 32, 4: 8, 5: 32, 6: 16, 7: 32, 8: 4}
+ALIGNMENT: Final = 64
 
 Formats = Mapping[str, str]
 Sizes = dict[str, int]
@@ -74,6 +78,8 @@ def stored_bytes(rows: int, columns: int, format_: Format, target: Target, role:
     groups = fitted.groups(columns)
     if kernel.op == ANY_BITS:
         return _any_bits_bytes(rows, columns, fitted, groups, kernel.scale_bytes)
+    if kernel.op == "PackedLinear":
+        return _packed_bytes(rows, columns, fitted, kernel.scale_bytes)
     codes = rows * groups * _ceil(fitted.inputs_per_scale(columns) * fitted.bits, 8)
     zeros = 0 if fitted.symmetric else rows * _ceil(groups * fitted.bits, 8)
     return codes + rows * groups * kernel.scale_bytes + zeros
@@ -96,6 +102,14 @@ def _any_bits_bytes(rows: int, columns: int, format_: IntegerFormat, groups: int
     # zeros of two groups by four rows are eight codes: `bits` bytes
     zeros = 0 if format_.symmetric else strips * _ceil(groups, 2) * format_.bits
     return codes + strips * STRIP_ROWS * groups * scale_bytes + zeros
+
+
+def _packed_bytes(rows: int, columns: int, format_: IntegerFormat, scale_bytes: int) -> int:
+    padded, step = _ceil(rows, PANEL_ROWS) * PANEL_ROWS, SUPERSTEPS[format_.bits]
+    groups = padded * format_.groups(columns)
+    parts = (padded * _ceil(columns, step) * step * format_.bits // 8, groups * scale_bytes)
+    zeros = 0 if format_.symmetric else groups  # a byte each
+    return sum(_ceil(part, ALIGNMENT) * ALIGNMENT for part in (*parts, zeros))
 
 
 # ---- seconds ------------------------------------------------------------------------------------

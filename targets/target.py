@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from gammac.diagnostics import CompileError
 from gammac.formats import CHANNEL, FALLBACK_GROUPS, INTEGER, Format, IntegerFormat
+from gammac.processor import host_flags
 
 BLOCK: Final = "block"
 TABLE: Final = "table"
@@ -149,10 +150,8 @@ class Target:
 
 def host_target() -> str:
     """The name of the shipped target that fits this machine best."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    flags = next((set(line.split()) for line in lines if line.startswith("flags")), set())
-    return next((name for name, needed in HOSTS if needed <= flags), "cpu-x86")
+    flags = host_flags()
+    return next((name for name, needed in HOSTS if flags.issuperset(needed)), "cpu-x86")
 
 
 def target_names() -> tuple[str, ...]:
@@ -161,16 +160,17 @@ def target_names() -> tuple[str, ...]:
     return tuple(sorted(f.name.removesuffix(".toml") for f in files if f.name.endswith(".toml")))
 
 
-def load_target(name_or_path: str) -> Target:
+def load_target(name_or_path: str, backend: str | None = None) -> Target:
     """A shipped target by name, one of your own by the path of its .toml file, or `cpu`: this machine.
 
+    `backend` picks the emitter where a target has figures for several (default: its own).
     Raises CompileError for an unknown name, a file that is not there, or one with a mistake in it.
     """
     if name_or_path.endswith(".toml"):
         path = Path(name_or_path)
         if not path.is_file():
             raise CompileError(f"there is no target file {name_or_path}")
-        return parse_target(path.read_text(encoding="utf-8"), str(path))
+        return parse_target(path.read_text(encoding="utf-8"), str(path), backend)
     name_or_path = host_target() if name_or_path == HOST else name_or_path
     if name_or_path not in target_names():
         raise CompileError(
@@ -178,15 +178,18 @@ def load_target(name_or_path: str) -> Target:
             hint=f"there are {HOST}, {', '.join(target_names())}; or give the path of a .toml file",
         )
     file = resources.files("gammac.targets") / f"{name_or_path}.toml"
-    return parse_target(file.read_text(encoding="utf-8"), file.name)
+    return parse_target(file.read_text(encoding="utf-8"), file.name, backend)
 
 
-def parse_target(text: str, where: str = "<target>") -> Target:
-    """Read a target's TOML. `where` is named in errors. Raises CompileError."""
+def parse_target(text: str, where: str = "<target>", backend: str | None = None) -> Target:
+    """Read a target's TOML, for one of its backends. `where` is named in errors. Raises CompileError."""
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise CompileError(f"{where} is not TOML: {error}") from error
+    others = table.pop("backend", {})
+    if backend and backend != table.get("emitter"):
+        table, text = _of_backend(table, others, backend, where), f"{text}\n{backend}"
     kernels = [_record(Kernel, row, f"{where}: kernel") for row in _rows(table, "kernel", where)]
     measured = [_record(Measured, row, f"{where}: measured") for row in _rows(table, "measured", where)]
     digest = "sha256:" + hashlib.sha256(text.encode()).hexdigest()
@@ -195,6 +198,15 @@ def parse_target(text: str, where: str = "<target>") -> Target:
     if "default" not in target.overhead_us:
         raise CompileError(f"{where}: overhead_us lacks default")
     return target
+
+
+def _of_backend(table: dict[str, Any], others: Mapping[str, Any], backend: str, where: str) -> dict[str, Any]:
+    """The device's figures with those of another runtime on it. What was measured is the first one's."""
+    if backend not in others:
+        there = ", ".join((str(table.get("emitter")), *others))
+        raise CompileError(f"{where} has no figures for the backend {backend!r}", hint=f"it has {there}")
+    kept = {key: value for key, value in table.items() if key not in ("kernel", "measured")}
+    return {**kept, **others[backend], "emitter": backend}
 
 
 def _rows(table: dict[str, Any], key: str, where: str) -> list[dict[str, Any]]:

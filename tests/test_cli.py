@@ -48,6 +48,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[
         result = CliRunner().invoke(main, [*arguments, "--dump-ir", str(folder / "ir"), "--timings"])
     assert result.exit_code == 0, result.output
     assert "payload 3.000 bits" in result.output and "next: gammac run" in result.output
+    assert "activations in int8: KL 0.0" in result.output
     yield folder / "tiny"
 
 

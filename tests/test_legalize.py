@@ -12,6 +12,7 @@ from gammac.ir import Module, verify
 from gammac.ir.interpret import run
 from gammac.passes.fuse_parallel_linears import FuseParallelLinears
 from gammac.passes.legalize_onnx import LegalizeOnnx
+from gammac.passes.legalize_tvm import LegalizeTvm
 from gammac.passes.split_rows import SplitRows
 from gammac.pipeline import Context
 from gammac.targets.target import load_target
@@ -121,3 +122,23 @@ def test_the_module_before_is_left_alone() -> None:
     copy = replace(module)
     LegalizeOnnx().run(module, context(store))
     assert module.functions == copy.functions and module.weights == copy.weights
+
+
+def test_tvm_computes_the_same_with_gates_apart() -> None:
+    store = WeightStore()
+    module = quantized(decoder(Shape(dim=12, rotary=10, bias=True), store), store, {"": "w4g32"})
+    legal = LegalizeTvm().run(module, context(store))
+    same_numbers(module, legal, store)
+    linears = [op.operands[1].name for op in legal.functions["decode"].ops if op.name == "linear"]  # type: ignore[union-attr]
+    assert "model.layers.0.attn.q_proj-k_proj-v_proj.weight" in linears
+    assert {f"model.layers.0.mlp.{p}_proj.weight" for p in ("gate", "up")} <= set(linears)
+    # heads of any size are raised, where ONNX Runtime's kernel asks for multiples
+    assert names(legal).count("gqa") == 2 and "gqa" not in names(LegalizeOnnx().run(module, context(store)))
+
+
+def test_a_context_is_what_was_asked_for() -> None:
+    store = WeightStore()
+    module = decoder(Shape(), store).with_attrs(max_positions=4096)
+    found = [kind(n).run(module, context(store)).attrs["max_positions"]
+             for kind in (LegalizeOnnx, LegalizeTvm) for n in (0, 64)]  # fmt: skip
+    assert found == [4096, 64, 2048, 64]

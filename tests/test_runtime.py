@@ -31,9 +31,10 @@ from gammac.diagnostics import CompileError
 from gammac.passes.legalize_onnx import LegalizeOnnx
 from gammac.pipeline import Context
 from gammac.runtime import bench as bench_module
-from gammac.runtime.bench import Work, bench, read_bandwidth, weight_bytes_per_token
+from gammac.runtime.bench import Work, bench, read_bandwidth
 from gammac.runtime.evaluate import compare, compare_outputs, perplexity, windows_for
 from gammac.runtime.generate import Sampling, decoded, end_tokens, generate, load_tokenizer, until
+from gammac.runtime.onnx_reads import weight_bytes_per_token
 from gammac.runtime.reference import InterpreterSession, TransformersSession, load_model
 from gammac.runtime.session import OnnxModel, OnnxSession, Session, default_threads, open_session
 from gammac.runtime.tasks import Option, accuracy, log_likelihoods, read_task

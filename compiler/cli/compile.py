@@ -79,6 +79,16 @@ class StrategyOption(click.Option):
     help="Round what linears read: a8 (a step a token) or a8tensor (one step), 2 to 8 bits. Weights get as "
     "many, one scale a row, unless --formats or --budget says otherwise.",
 )
+@click.option(
+    "--context",
+    type=click.IntRange(1),
+    help="The longest sequence, in tokens (default: the model's; with TVM at most 2048).",
+)
+@click.option(
+    "--product-inputs",
+    type=click.Choice(["int8", "float"]),
+    help="tvm: what products with quantized weights take (default: int8 where there are dot products).",
+)
 @shared_options
 @click.option("--seed", default=0, show_default=True)
 @click.option(

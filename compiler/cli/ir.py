@@ -28,12 +28,13 @@ def inspect(file: Path, target: str | None, every_weight: bool, weight_name: str
     from gammac.targets.cost import module_cost
     from gammac.targets.target import load_target
 
+    backend = None
     if file.is_dir():
         artifact = open_artifact(file)
-        target = target or artifact.manifest.target
+        target, backend = target or artifact.manifest.target, artifact.manifest.emitter
         file = artifact.path(MODULE)
     module = read_module(file)
-    chosen = load_target(target or "cpu")
+    chosen = load_target(target or "cpu", backend)
     if weight_name:
         _print_weight(module, weight_name, chosen)
         return

@@ -21,12 +21,13 @@ def targets_group(ctx: click.Context) -> None:
 
 @targets_group.command("show")
 @click.argument("name")
-def targets_show(name: str) -> None:
+@click.option("--backend", help="One of those that the target has figures for (default: its own).")
+def targets_show(name: str, backend: str | None) -> None:
     """What a target can run and how fast, with the sources."""
     from gammac import tables
     from gammac.targets.target import load_target
 
-    target = load_target(name)
+    target = load_target(name, backend)
     OUT.print(tables.kernels(target))
     for source in target.sources:
         OUT.print(f"source: {source}", highlight=False, markup=False)

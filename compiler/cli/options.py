@@ -92,9 +92,19 @@ OPTIONS: Final = (
         type=click.Path(path_type=Path),
         help="Where finished work is kept (default: the user's cache).",
     ),
+    click.option(
+        "--backend",
+        type=click.Choice(["onnx", "tvm"]),
+        default=None,
+        help="What runs the artifact: ONNX Runtime, or code compiled by TVM (default: the target's).",
+    ),
     click.option("--portable", is_flag=True, help="Only stock kernels: no native library in the artifact."),
     click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
 )
+
+
+# fields of a request that only some commands let choose, and what stands for no choice
+OPTIONAL: Final[Mapping[str, Any]] = {"backend": "", "context": 0, "product_inputs": ""}
 
 
 def shared_options(command: Command) -> Command:
@@ -123,6 +133,9 @@ def request_of(options: Mapping[str, Any], budget: str, seed: int, **chosen: Any
         **{k: options[k] for k in same},
         **chosen,
     )
+    chosen_too = {k: options[k] or empty for k, empty in OPTIONAL.items() if k in options}
     taken = ("model", "target", "calibration", "calibration_windows", "calibration_length", "portable",
              "trust_remote_code")  # fmt: skip
-    return Request(budget=budget, seed=seed, choices=choices, **{k: options[k] for k in taken})
+    return Request(
+        budget=budget, seed=seed, choices=choices, **chosen_too, **{k: options[k] for k in taken}
+    )  # fmt: skip

@@ -1,7 +1,8 @@
 """The artifact: a folder that runs elsewhere, and a manifest that says what is in it.
 
     manifest.json          what stands here, and the sha256 of every other file
-    model.onnx(.data)      the module and its weights
+    model.onnx(.data)      the module and its weights, or
+    model.so, .params, .json    its code, its weights, and what a runtime must know of them: from TVM
     tokenizer.json …       what turns text into its tokens
     genai_config.json      the decoder's interface, also what onnxruntime-genai reads
 
@@ -19,9 +20,12 @@ from typing import Final
 from gammac.diagnostics import CompileError, Diagnostic
 from gammac.files import write_atomically
 from gammac.runtime.manifest import FORMAT, FileEntry, Manifest, parse_manifest
+from gammac.targets.tvm import names as tvm
 
 MANIFEST: Final = "manifest.json"
 MODEL: Final = "model.onnx"
+# emitter → the files without which there is no model
+MODEL_FILES: Final = {"onnx": (MODEL,), "tvm": tvm.MODEL_FILES}
 COMPILE_AGAIN: Final = "copy the artifact again, or compile it again"
 
 
@@ -85,7 +89,7 @@ def open_artifact(folder: Path, verify: bool = True) -> Artifact:
     found = [d for name, entry in manifest.files.items() for d in _complaints(folder, name, entry, verify)]
     found += [
         Diagnostic(f"{name} is not among the files of the manifest", hint=COMPILE_AGAIN)
-        for name in filter(None, (MODEL, manifest.library))
+        for name in filter(None, (*MODEL_FILES.get(manifest.emitter, ()), manifest.library))
         if name not in manifest.files
     ]
     if found:

@@ -17,18 +17,14 @@ from statistics import median
 from typing import Final
 
 import numpy as np
-import onnx
 
 from gammac.diagnostics import CompileError
 from gammac.runtime.probe import Load
 from gammac.runtime.runners import GenaiRunner, Runner, SessionRunner
-from gammac.runtime.session import OnnxSession, default_threads, open_session
+from gammac.runtime.session import ArtifactSession, default_threads, open_session
 
 STREAM_BYTES: Final = 256 << 20
 """Far more than a last-level cache holds."""
-
-READS_A_ROW: Final = ("Gather", "GatherBlockQuantized", "GroupQueryAttention", "RotaryEmbedding")
-"""Operators that look a few rows up in a table (embedding, rotary) rather than read it."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +111,7 @@ def bench(
         load_in_process(artifact, threads, "gammac"),
         size_of(artifact),
         rates["bandwidth"],
-        weight_bytes_per_token(session.model.path) + round(session.cache_bytes_per_token * mean_past),
+        session.weight_bytes_per_token + round(session.cache_bytes_per_token * mean_past),
     )
 
 
@@ -150,7 +146,7 @@ def bench_pair(
     )
 
 
-def _decoder(folder: Path, threads: int, spinning: bool) -> OnnxSession:
+def _decoder(folder: Path, threads: int, spinning: bool) -> ArtifactSession:
     session = open_session(folder, threads, spinning=spinning)
     if session.kind != "decoder":
         raise CompileError(f"{folder} is an encoder, it decodes nothing", hint="bench takes a decoder")
@@ -186,20 +182,6 @@ def _seconds(pool: ThreadPoolExecutor, parts: Sequence[np.ndarray]) -> float:
     # numpy lets other threads run while it reduces, and a maximum needs no arithmetic to speak of
     list(pool.map(np.max, parts))
     return time.perf_counter() - started
-
-
-def weight_bytes_per_token(model: Path) -> int:
-    """Bytes of the weights that one decode step of an ONNX file reads; tables are not read whole."""
-    graph = onnx.load(str(model), load_external_data=False).graph
-    read = {name for node in graph.node if node.op_type not in READS_A_ROW for name in node.input}
-    return sum(_bytes_of(tensor) for tensor in graph.initializer if tensor.name in read)
-
-
-def _bytes_of(tensor: onnx.TensorProto) -> int:
-    # onnx knows types narrower than a byte, two or four to a byte
-    size = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    length = next((int(entry.value) for entry in tensor.external_data if entry.key == "length"), 0)
-    return length or int(np.prod(tensor.dims, dtype=np.int64)) * size
 
 
 def size_of(folder: Path) -> int:

@@ -13,7 +13,7 @@ from gammac.runtime.artifact import MODEL
 from gammac.runtime.evaluate import Comparison, OutputComparison, compare, compare_outputs
 from gammac.runtime.manifest import Manifest
 from gammac.runtime.reference import InterpreterSession
-from gammac.runtime.session import OnnxModel, OnnxSession
+from gammac.runtime.session import TVM, OnnxModel, OnnxSession, Session, open_tvm
 from gammac.texts import Calibration
 from gammac.weights import WeightStore
 
@@ -44,8 +44,7 @@ def check_artifact(
 
     Raises CompileError when it does not compute what the module says.
     """
-    library = folder / manifest.library if manifest.library else None
-    artifact = OnnxSession(OnnxModel(folder / MODEL, manifest.kind, manifest.context, False, library))
+    artifact = _session(folder, manifest)
     window = _window(calibration, artifact.vocab_size, manifest.context)
     ours = InterpreterSession(module, store, context=manifest.context, keep_weights=False)
     theirs = InterpreterSession(original, store, context=manifest.context, keep_weights=False)
@@ -57,6 +56,13 @@ def check_artifact(
     near, far = check.against_module.kl, check.against_original.kl
     _demand(bool(np.isfinite(near)) and near < MOST_KL + SHARE_OF_KL * far, f"KL {near:.4f} nats")
     return check
+
+
+def _session(folder: Path, manifest: Manifest) -> Session:
+    if manifest.emitter == TVM:
+        return open_tvm(folder)
+    library = folder / manifest.library if manifest.library else None
+    return OnnxSession(OnnxModel(folder / MODEL, manifest.kind, manifest.context, False, library))
 
 
 def _window(calibration: Calibration | None, vocabulary: int, context: int) -> torch.Tensor:

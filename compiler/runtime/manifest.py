@@ -4,7 +4,7 @@ The text is a function of what was compiled: sorted keys, no times, no paths of 
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final, TypeVar
@@ -28,10 +28,10 @@ class FileEntry:
     sha256: str
 
 
-def tool_versions() -> dict[str, str]:
+def tool_versions(names: Sequence[str] = TOOLS) -> dict[str, str]:
     """The installed versions of the packages that decide what an artifact holds."""
     found = {}
-    for name in TOOLS:
+    for name in names:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -82,6 +82,9 @@ class Manifest:
     library: str = ""
     """The native library of the artifact's own operators, one of its files."""
 
+    activations: str = ""
+    """int8 or float: what products with quantized weights take; older artifacts don't say."""
+
     tools: Mapping[str, str] = field(default_factory=tool_versions)
     gammac: str = __version__
     files: Mapping[str, FileEntry] = field(default_factory=dict)
@@ -121,9 +124,9 @@ def parse_manifest(text: str) -> Manifest:
 
 
 def _entry(data: Mapping[str, Any], name: str) -> Any:
-    if name not in data:
+    if name not in data and name not in _LATER:
         raise ValueError(f"it has no {name}")
-    return data[name]
+    return data.get(name, _LATER.get(name))
 
 
 def _is(kind: type[T], value: Any, name: str) -> T:
@@ -163,10 +166,12 @@ def _file(value: Any, name: str) -> FileEntry:
     return FileEntry(_count(_entry(entry, "size_bytes"), name), _text(_entry(entry, "sha256"), name))
 
 
+# what manifests did not have from the start
+_LATER: Final = {"activations": ""}
 _READERS: Final[Mapping[str, Callable[[Any, str], object]]] = {
     "model": _text, "model_digest": _text, "target": _text, "kind": _text, "emitter": _text,
     "context": _count, "payload_bits": _number, "true_bits": _number, "whole_model_bits": _number,
     "budgets": _list, "allocation": _table(_text), "predicted": _table(_number),
-    "not_quantized": _table(_text), "fallbacks": _table(_text), "library": _text,
+    "not_quantized": _table(_text), "fallbacks": _table(_text), "library": _text, "activations": _text,
     "tools": _table(_text), "gammac": _text, "files": _table(_file),
 }  # fmt: skip

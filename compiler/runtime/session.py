@@ -32,6 +32,9 @@ SPINNING: Final = "session.intra_op.allow_spinning"
 GENAI_CONFIG: Final = "genai_config.json"
 
 
+TVM: Final = "tvm"
+
+
 class Session(Protocol):
     """A model that can be run. Raises CompileError for tokens that are more than it takes."""
 
@@ -64,6 +67,20 @@ class Session(Protocol):
 
     def reset(self, capacity: int | None = None) -> None:
         """Empty the cache, and make room for `capacity` tokens (default: the context)."""
+        ...
+
+
+class ArtifactSession(Session, Protocol):
+    """A session on an artifact's own files."""
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Bytes of keys and values of one token, all layers."""
+        ...
+
+    @property
+    def weight_bytes_per_token(self) -> int:
+        """Bytes of the weights that one decode step reads; of tables only some rows are."""
         ...
 
 
@@ -117,7 +134,7 @@ def model_of_genai_folder(folder: Path) -> OnnxModel:
 
 def open_session(
     folder: Path, threads: int | None = None, *, verify: bool = True, spinning: bool = True
-) -> "OnnxSession":
+) -> ArtifactSession:
     """A session on an artifact, or on a folder of onnxruntime-genai to compare with.
 
     `spinning` threads wait busily for the next operator: right for a machine with a core for each
@@ -126,7 +143,17 @@ def open_session(
     """
     if not (folder / MANIFEST).is_file() and (folder / GENAI_CONFIG).is_file():
         return OnnxSession(model_of_genai_folder(folder), threads, spinning)
-    return OnnxSession(model_of_artifact(open_artifact(folder, verify)), threads, spinning)
+    artifact = open_artifact(folder, verify)
+    if artifact.manifest.emitter == TVM:
+        return open_tvm(folder, threads, spinning)
+    return OnnxSession(model_of_artifact(artifact), threads, spinning)
+
+
+def open_tvm(folder: Path, threads: int | None = None, spinning: bool = True) -> ArtifactSession:
+    """A session on the files that the TVM emitter wrote, sealed or not. Raises CompileError."""
+    from gammac.runtime.tvm_session import TvmSession
+
+    return TvmSession(folder, threads, spinning)
 
 
 def _genai_config(folder: Path) -> dict[str, Any]:
@@ -159,6 +186,13 @@ class OnnxSession:
     def cache_bytes_per_token(self) -> int:
         """Bytes of keys and values of one token, all layers."""
         return sum(cache.zeros(1, 1).nbytes for cache in self._past)
+
+    @property
+    def weight_bytes_per_token(self) -> int:
+        """Bytes of the weights that one decode step reads."""
+        from gammac.runtime.onnx_reads import weight_bytes_per_token
+
+        return weight_bytes_per_token(self.model.path)
 
     @property
     def vocab_size(self) -> int:

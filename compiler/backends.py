@@ -1,0 +1,147 @@
+"""What the driver asks of an emitter: whether it can work here, whether it knows the model, the files."""
+
+import importlib.util
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Protocol
+
+from gammac.diagnostics import CompileError
+from gammac.ir import Module
+from gammac.passes.fold_constants import FoldConstants
+from gammac.passes.insert_kv_cache import InsertKvCache
+from gammac.passes.legalize_tvm import raised
+from gammac.passes.raise_patterns import RaisePatterns
+from gammac.pipeline import Context, Pipeline
+from gammac.targets.onnx.any_bits import find_compiler
+from gammac.targets.onnx.library import library_builder
+from gammac.targets.target import Target
+from gammac.targets.tvm.names import ACTIVATIONS, FLOAT, INSTALL, INT8
+from gammac.weights import WeightStore
+
+if TYPE_CHECKING:
+    from gammac.targets.tvm.kernels.isa import Isa
+
+TVM_VERSION: Final = "0.27."
+# leaves that one instruction or two make of four products in 8 bits: faster than floats
+DOT_PRODUCTS: Final = frozenset({"vnni512", "vnni256", "maddubs", "sdot"})
+
+
+class Backend(Protocol):
+    """An emitter, set up for a target and a user's wishes."""
+
+    @property
+    def every_width(self) -> bool:
+        """Whether each width has a kernel of its own, so that rows need no splitting."""
+        ...
+
+    @property
+    def activations(self) -> str:
+        """int8 or float: what products with quantized weights take."""
+        ...
+
+    @property
+    def tools(self) -> tuple[str, ...]:
+        """Packages whose versions decide what the emitter writes, besides those of every artifact."""
+        ...
+
+    @property
+    def elsewhere(self) -> str:
+        """Why what is emitted can't run on this machine, or nothing."""
+        ...
+
+    def demand(self, module: Module, ctx: Context) -> None:
+        """Raise CompileError for a captured module that can't be emitted, before any long work."""
+        ...
+
+    def emit(self, module: Module, store: WeightStore, folder: Path) -> list[Path]:
+        """Write the files of a legalized module's model into `folder`."""
+        ...
+
+
+@dataclass(frozen=True)
+class OnnxBackend:
+    """ONNX Runtime; `cache` keeps the operator library."""
+
+    target: Target
+    every_width: bool
+    cache: Path
+    activations: str = INT8
+    tools: tuple[str, ...] = ()
+    elsewhere: str = ""
+
+    def demand(self, module: Module, ctx: Context) -> None:
+        """Whatever is captured has a form in ONNX, or says so when it is lowered."""
+
+    def emit(self, module: Module, store: WeightStore, folder: Path) -> list[Path]:
+        """See `gammac.targets.onnx.emit`."""
+        from gammac.targets.onnx.emit import emit
+
+        return emit(
+            module, store, folder, target=self.target, compiler=self.every_width,
+            build=library_builder(self.cache / "library"),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TvmBackend:
+    """Kernels compiled by TVM for an instruction set."""
+
+    target: Target
+    isa: "Isa"
+    activations: str
+    every_width: bool = True
+    tools: tuple[str, ...] = field(default=("apache-tvm", "apache-tvm-ffi"))
+
+    @property
+    def elsewhere(self) -> str:
+        """Processors differ."""
+        from gammac.runtime.tvm_session import lacking
+
+        return lacking(self.isa.name, self.isa.machine, self.isa.cpu_flags)
+
+    def demand(self, module: Module, ctx: Context) -> None:
+        """Lower a copy of the module as far as its ops are concerned."""
+        from gammac.targets.tvm.emit import refuse_unknown
+
+        first = Pipeline((FoldConstants(), RaisePatterns(), InsertKvCache()))
+        refuse_unknown(raised(first.run(module, ctx)))
+
+    def emit(self, module: Module, store: WeightStore, folder: Path) -> list[Path]:
+        """See `gammac.targets.tvm.emit`."""
+        from gammac.targets.tvm.emit import emit
+
+        return emit(module, store, folder, self.isa, self.activations)
+
+
+def backend_of(target: Target, cache: Path, *, portable: bool = False, product_inputs: str = "") -> Backend:
+    """The backend of a target's emitter. Raises CompileError where something that it needs is missing."""
+    if product_inputs not in ("", *ACTIVATIONS):
+        raise CompileError(f"product inputs are {' or '.join(ACTIVATIONS)}, not {product_inputs!r}")
+    if target.emitter == "tvm":
+        return _tvm(target, portable, product_inputs)
+    if product_inputs == FLOAT:
+        raise CompileError(
+            "ONNX Runtime's kernels for few bits round activations to 8 bits",
+            hint="--backend tvm has float ones",
+        )
+    return OnnxBackend(target, not portable and find_compiler() is not None, cache)
+
+
+def _tvm(target: Target, portable: bool, product_inputs: str) -> TvmBackend:
+    missing = [name for name in ("tvm", "tvm_ffi") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise CompileError("the TVM backend needs TVM", hint=INSTALL)
+    if not version("apache-tvm").startswith(TVM_VERSION):
+        found = version("apache-tvm")
+        raise CompileError(
+            f"the TVM backend is written for TVM {TVM_VERSION}x, here is {found}", hint=INSTALL
+        )
+    if portable:
+        raise CompileError("a TVM artifact is native code for a processor", hint="leave --portable out")
+    from gammac.targets.tvm.build import demand_linker
+    from gammac.targets.tvm.kernels.isa import isa_of
+
+    isa = isa_of(target)
+    demand_linker(isa.machine)
+    return TvmBackend(target, isa, product_inputs or (INT8 if isa.leaf in DOT_PRODUCTS else FLOAT))

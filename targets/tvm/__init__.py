@@ -1,0 +1,1 @@
+"""The TVM emitter. Only functions that need TVM import it."""

@@ -1,0 +1,28 @@
+"""Linear layers with packed weights of 1 to 8 bits, generated in TIR from a format."""
+
+from gammac.targets.tvm.kernels.activations import quantize_activations, rms_norm_quantize
+from gammac.targets.tvm.kernels.fused import gated_linear, stacked_linear
+from gammac.targets.tvm.kernels.isa import ISAS, Isa, isa_of
+from gammac.targets.tvm.kernels.layout import Layout, activation_group, pack, packed_bytes
+from gammac.targets.tvm.kernels.linear import decode_linear, prefill_linear
+from gammac.targets.tvm.kernels.lowering import lowering
+from gammac.targets.tvm.kernels.operands import Kernel, Operand
+
+__all__ = [
+    "ISAS",
+    "Isa",
+    "Kernel",
+    "Layout",
+    "Operand",
+    "activation_group",
+    "decode_linear",
+    "gated_linear",
+    "isa_of",
+    "lowering",
+    "pack",
+    "packed_bytes",
+    "prefill_linear",
+    "quantize_activations",
+    "rms_norm_quantize",
+    "stacked_linear",
+]

@@ -1,0 +1,127 @@
+"""Several weights in one kernel that read the same inputs: gate and up with what joins them, or q, k and v.
+
+Their formats may differ. With int8 inputs their activation groups may not: the inputs are rounded once.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from gammac.diagnostics import CompileError
+from gammac.formats import IntegerFormat
+from gammac.targets.tvm.kernels.isa import Isa
+from gammac.targets.tvm.kernels.layout import Layout
+from gammac.targets.tvm.kernels.linear import Job, Sums, over_tiles
+from gammac.targets.tvm.kernels.operands import Kernel, Operand, activation_operands, declare, weight_operands
+from gammac.targets.tvm.tir import vectors
+from gammac.targets.tvm.tir.elementwise import FUNCTIONS
+from gammac.targets.tvm.tir.vectors import T, store
+
+Expr = Any
+KINDS: Final = ("codes", "scales", "zeros")
+
+
+def _inputs(layouts: list[Layout], job: Job) -> tuple[Operand, ...]:
+    """The inputs, then the weights: codes0, scales0, zeros0, codes1 and so on."""
+    if job.integer and len({layout.segment for layout in layouts}) > 1:
+        sizes = " and ".join(str(layout.segment) for layout in layouts)
+        raise CompileError(
+            f"weights that share int8 inputs have activation groups of {sizes}",
+            hint="give them one group size, or a kernel each",
+        )
+    weights = (weight_operands(layout, job.isa, str(i)) for i, layout in enumerate(layouts))
+    return (*activation_operands(layouts[0], job.integer, job.tokens), *(o for part in weights for o in part))
+
+
+def _part(buffers: Mapping[str, Any], i: int) -> dict[str, Any]:
+    """The buffers of weight i by their plain names, and the inputs."""
+    own = {kind: buffers[f"{kind}{i}"] for kind in KINDS if f"{kind}{i}" in buffers}
+    return {**own, **{name: buffer for name, buffer in buffers.items() if name.startswith("x")}}
+
+
+def gated_linear(
+    formats: tuple[IntegerFormat, IntegerFormat],
+    rows: int,
+    columns: int,
+    isa: Isa,
+    *,
+    integer: bool,
+    tokens: int | str,
+    activation: str = "silu",
+) -> Kernel:
+    """activation(x @ gate.T) * (x @ up.T) → y f32 [tokens, rows]; `tokens` is 1 or "m".
+
+    Raises CompileError for formats that cannot share a kernel.
+    """
+    job, layouts = Job(isa, integer, tokens), [Layout(f, rows, columns) for f in formats]
+    inputs, outputs = _inputs(layouts, job), (Operand("y", (tokens, rows), "float32"),)
+    with vectors.kernel() as made:
+        size = job.size()
+        buffers = declare((*inputs, *outputs), size)
+
+        def body(index: Expr, at: list[Expr]) -> None:
+            gate, up = (job.sums(layout, _part(buffers, i), index, at) for i, layout in enumerate(layouts))
+
+            def write(i: int, token: Expr, row: Expr, start: Expr, lanes: int) -> None:
+                value = FUNCTIONS[activation](gate.total.get(i, start, lanes), lanes=lanes)
+                store(buffers["y"], value * up.total.get(i, start, lanes), token, row, lanes=lanes)
+
+            gate.write(write)
+
+        over_tiles(job, job.tiles(layouts[0]), size, body)
+    name = job.name("gated", activation, *(f.name for f in formats), f"{rows}x{columns}")
+    return Kernel(name, inputs, outputs, made.primfunc)
+
+
+def stacked_linear(
+    formats: tuple[IntegerFormat, ...],
+    rows: tuple[int, ...],
+    columns: int,
+    isa: Isa,
+    *,
+    integer: bool,
+    tokens: int | str,
+) -> Kernel:
+    """x by several weights, one below the other, in one launch → y f32 [tokens, sum of rows].
+
+    For weights of different formats; those of one format are packed as one (`formats.concat_rows`). Raises
+    CompileError for formats that cannot share a kernel.
+    """
+    job = Job(isa, integer, tokens)
+    layouts = [Layout(f, n, columns) for f, n in zip(formats, rows, strict=True)]
+    inputs, outputs = _inputs(layouts, job), (Operand("y", (tokens, sum(rows)), "float32"),)
+    many = [job.tiles(layout) for layout in layouts]
+    with vectors.kernel() as made:
+        size = job.size()
+        buffers = declare((*inputs, *outputs), size)
+
+        def one(i: int, index: Expr, at: list[Expr]) -> None:
+            sums, before = job.sums(layouts[i], _part(buffers, i), index, at), sum(rows[:i])
+            _write(buffers["y"], sums, before)
+
+        def body(index: Expr, at: list[Expr]) -> None:
+            _choose(index, many, lambda i, tile: one(i, tile, at))
+
+        over_tiles(job, sum(many), size, body)
+    sizes = "_".join(f"{f.name}x{n}" for f, n in zip(formats, rows, strict=True))
+    return Kernel(job.name("stacked", sizes, columns), inputs, outputs, made.primfunc)
+
+
+def _write(y: Any, sums: Sums, before: int) -> None:
+    def write(i: int, token: Expr, row: Expr, start: Expr, lanes: int) -> None:
+        store(y, sums.total.get(i, start, lanes), token, before + row, lanes=lanes)
+
+    sums.write(write)
+
+
+def _choose(
+    index: Expr, many: list[int], body: Callable[[int, Expr], None], i: int = 0, before: int = 0
+) -> None:
+    """`body(part, tile of it)` for a tile of all parts in a row."""
+    if i == len(many) - 1:
+        body(i, index - before)
+        return
+    with T.If(index < before + many[i]):
+        with T.Then():
+            body(i, index - before)
+        with T.Else():
+            _choose(index, many, body, i + 1, before + many[i])

@@ -1,0 +1,178 @@
+"""Sums of a tile, panels by tokens, over one segment of the inputs: with inputs in f32 or in int8.
+
+In f32 a code is moved into the mantissa of 2^23, so that taking off 2^23 + zero converts it exactly. With
+int8 inputs a leaf multiplies; its sums start at -zero * sum(inputs), so that they are exact to the end.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from gammac.targets.tvm.kernels.isa import Isa
+from gammac.targets.tvm.kernels.layout import PANEL, STEP, Layout
+from gammac.targets.tvm.kernels.leaves import LEAVES
+from gammac.targets.tvm.kernels.operands import flat
+from gammac.targets.tvm.kernels.panel import Panel
+from gammac.targets.tvm.tir.vectors import T, load, splat, splat_int, store
+
+Expr = Any
+
+_MAGIC: Final = 0x4B000000  # 2^23 in f32
+_MAGIC_VALUE: Final = 8388608.0
+# sums that one token's product is spread over: adding has a latency
+_CHAINS: Final = 4
+
+
+class Registers:
+    """Vectors of 16 that live in memory of 64 bytes each, which LLVM turns into registers."""
+
+    def __init__(self, count: int, dtype: str = "float32") -> None:
+        self._buffers = [T.alloc_buffer((PANEL,), dtype) for _ in range(count)]
+
+    def set(self, i: int, value: Expr) -> None:
+        """Write one."""
+        store(self._buffers[i], value, 0)
+
+    def get(self, i: int, start: Expr = 0, lanes: int = PANEL) -> Expr:
+        """Read one, or a part of it."""
+        return load(self._buffers[i], start, lanes=lanes)
+
+    def add(self, i: int, value: Expr) -> None:
+        """Add to one."""
+        self.set(i, self.get(i) + value)
+
+    def clear(self) -> None:
+        """All are zero."""
+        for i in range(len(self._buffers)):
+            self.set(i, splat(0.0, PANEL))
+
+
+class Tile:
+    """Tokens whose rows of x are `tokens`, for `panels` panels at a time."""
+
+    operand = "x"
+
+    def __init__(
+        self, layout: Layout, isa: Isa, buffers: Mapping[str, Any], panels: int, tokens: list[Expr]
+    ) -> None:
+        self.layout, self.isa, self.buffers = layout, isa, buffers
+        self.panels, self.tokens = panels, tokens
+        x = buffers[self.operand]
+        self._x, self._width = flat(x), x.shape[1]
+        self._bases: list[Expr] = []
+
+    def seek(self, column: Expr) -> None:
+        """Inputs are from this column on."""
+        self._bases = [T.Bind(token * self._width + column) for token in self.tokens]
+
+    def zero(self, panel: Panel, group: Expr) -> Any:
+        """A group's zeros, as `begin` and `steps` want them."""
+        raise NotImplementedError
+
+    def begin(self, zeros: list[Any], segment: Expr) -> None:
+        """A new segment."""
+        raise NotImplementedError
+
+    def steps(self, panels: list[Panel], zeros: list[Any], start: int, end: int) -> None:
+        """Add inputs start..end, counted from where the panels and the tile stand."""
+        raise NotImplementedError
+
+    def sums(self, segment: Expr) -> list[list[Expr]]:
+        """f32x16 for each panel and token."""
+        raise NotImplementedError
+
+
+class FloatTile(Tile):
+    """x f32 [tokens, columns]."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._chains = _CHAINS if len(self.tokens) == 1 else 1
+        self._state = Registers(self.panels * len(self.tokens) * self._chains)
+
+    def zero(self, panel: Panel, group: Expr) -> Any:
+        """2^23 + zero."""
+        zero = panel.zero(group)
+        if isinstance(zero, int):
+            return splat(_MAGIC_VALUE + zero, PANEL)
+        return T.Bind(T.cast(zero, "float32x16") + splat(_MAGIC_VALUE, PANEL))
+
+    def begin(self, zeros: list[Any], segment: Expr) -> None:
+        """All sums are zero."""
+        self._state.clear()
+
+    def steps(self, panels: list[Panel], zeros: list[Any], start: int, end: int) -> None:
+        """code - zero times input."""
+        for k in range(start, end, STEP):
+            words = [panel.codes(k) for panel in panels]
+            for j in range(min(STEP, end - k)):
+                for p, word in enumerate(words):
+                    code = (word >> splat_int(8 * j, PANEL)) & splat_int(255, PANEL)
+                    magic = T.reinterpret("float32x16", code | splat_int(_MAGIC, PANEL))
+                    value = T.Bind(magic - zeros[p])
+                    for t, base in enumerate(self._bases):
+                        register = (p * len(self._bases) + t) * self._chains + j % self._chains
+                        self._state.add(register, value * splat(self._x[base + (k + j)], PANEL))
+
+    def sums(self, segment: Expr) -> list[list[Expr]]:
+        """The chains of each together."""
+        return [
+            [self._total(p * len(self.tokens) + t) for t in range(len(self.tokens))]
+            for p in range(self.panels)
+        ]
+
+    def _total(self, which: int) -> Expr:
+        parts = [self._state.get(which * self._chains + i) for i in range(self._chains)]
+        while len(parts) > 1:
+            parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
+        return T.Bind(parts[0])
+
+
+class IntegerTile(Tile):
+    """x_codes int8 [tokens, padded columns] with scales and sums: see `quantize_activations`."""
+
+    operand = "x_codes"
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        count = self.panels * len(self.tokens)
+        self._leaf = LEAVES[self.isa.leaf](self.layout.format.bits, Registers, count)
+
+    def zero(self, panel: Panel, group: Expr) -> Any:
+        """-zero, i32x16, or the number that all have."""
+        zero = panel.zero(group)
+        if isinstance(zero, int):
+            return self._leaf.offset - zero
+        return T.Bind(splat_int(self._leaf.offset, PANEL) - zero)
+
+    def begin(self, zeros: list[Any], segment: Expr) -> None:
+        """-zero times the sum of the inputs."""
+        tokens = len(self.tokens)
+        for t, token in enumerate(self.tokens):
+            total = T.Bind(self.buffers["x_sums"][token, segment])
+            for p, zero in enumerate(zeros):
+                same = isinstance(zero, int)
+                first = T.broadcast(total * zero, PANEL) if same else zero * T.broadcast(total, PANEL)
+                self._leaf.start(p * tokens + t, first)
+
+    def steps(self, panels: list[Panel], zeros: list[Any], start: int, end: int) -> None:
+        """Four inputs at a time."""
+        for k in range(start, end, STEP):
+            words = [panel.codes(k) for panel in panels]
+            for t, base in enumerate(self._bases):
+                inputs = T.Bind(T.reinterpret("int32", self._x[T.ramp(base + k, 1, STEP)]))
+                for p, word in enumerate(words):
+                    self._leaf.step(p * len(self._bases) + t, word, inputs)
+        self._leaf.pause()
+
+    def sums(self, segment: Expr) -> list[list[Expr]]:
+        """Times the scale of the inputs."""
+        tokens = len(self.tokens)
+        scales = [T.Bind(splat(self.buffers["x_scales"][t, segment], PANEL)) for t in self.tokens]
+
+        def one(p: int, t: int) -> Expr:
+            return T.Bind(T.cast(self._leaf.sums(p * tokens + t), "float32x16") * scales[t])
+
+        return [[one(p, t) for t in range(tokens)] for p in range(self.panels)]
+
+
+TILES: Final[Mapping[bool, Callable[..., Tile]]] = {False: FloatTile, True: IntegerTile}

@@ -1,0 +1,12 @@
+"""Names that the emitter and the runtime share; nothing of TVM is imported here."""
+
+from typing import Final
+
+LIBRARY_NAME: Final = "model.so"
+PARAMS_NAME: Final = "model.params"
+DESCRIPTION_NAME: Final = "model.json"
+MODEL_FILES: Final = (LIBRARY_NAME, PARAMS_NAME, DESCRIPTION_NAME)
+INT8: Final = "int8"
+FLOAT: Final = "float"
+ACTIVATIONS: Final = (INT8, FLOAT)
+INSTALL: Final = "pip install 'gammac[tvm]'"

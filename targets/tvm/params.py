@@ -1,0 +1,62 @@
+"""The parameter file: arrays one after the other, each at a multiple of 64 bytes, as kernels read them.
+
+Nothing in it is read or copied at load: the file is mapped, and a kernel's first touch brings a page in.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from gammac.targets.tvm.description import Entry
+
+ALIGNMENT: Final = 64
+
+Array = npt.NDArray[Any]
+
+
+class ParamFile:
+    """A parameter file under construction."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries: list[Entry] = []
+        self._file = path.open("wb")
+
+    def __enter__(self) -> "ParamFile":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def append(self, name: str, array: Array) -> int:
+        """Write an array; its place in the index."""
+        self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
+        array = np.ascontiguousarray(array)
+        self.entries.append(Entry(name, str(array.dtype), array.shape, self._file.tell()))
+        self._file.write(array.reshape(-1).view(np.uint8).data)
+        return len(self.entries) - 1
+
+
+@dataclass(frozen=True)
+class MappedParams:
+    """The arrays of a parameter file, read-only, backed by the file itself."""
+
+    path: Path
+    entries: tuple[Entry, ...]
+
+    def arrays(self) -> Iterator[Array]:
+        """In the order of the index. Raises ValueError for an entry that the file is too short for."""
+        # private: the interface to other libraries has no word for read-only
+        mapped = np.memmap(self.path, np.uint8, "c")
+        for entry in self.entries:
+            end = entry.offset + entry.nbytes
+            if entry.offset % ALIGNMENT or end > len(mapped):
+                raise ValueError(f"{entry.name} is not within {self.path.name}")
+            yield mapped[entry.offset : end].view(entry.dtype).reshape(entry.shape)

@@ -1,0 +1,183 @@
+#include "model.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/utsname.h>
+#include <tvm/ffi/extra/json.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <fstream>
+#include <set>
+#include <sstream>
+
+namespace gammac {
+namespace ffi = tvm::ffi;
+
+namespace {
+
+constexpr int64_t kAbi = 1;  // targets/tvm/description.py
+constexpr size_t kAlignment = 64;
+constexpr DLDevice kCpu{kDLCPU, 0};
+constexpr DLDataType kFloat{kDLFloat, 32, 1}, kInteger{kDLInt, 64, 1};
+constexpr int kNaiveAllocator = 1, kBigCores = 1;
+
+// Zeros that the system gives pages for only when they are written.
+struct Zeros {
+  size_t size = 0;
+  void AllocData(DLTensor* tensor) {
+    size = (ffi::GetDataSize(*tensor) + kAlignment - 1) / kAlignment * kAlignment;
+    tensor->data = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (tensor->data == MAP_FAILED) throw Refusal{"there is no memory for the cache"};
+  }
+  void FreeData(DLTensor* tensor) { munmap(tensor->data, size); }
+};
+
+// A part of a mapped file, which stays mapped as long as the process lives.
+struct Mapped {
+  void* data;
+  void AllocData(DLTensor* tensor) { tensor->data = data; }
+  void FreeData(DLTensor*) {}
+};
+
+ffi::Tensor zeros(const std::vector<int64_t>& shape, DLDataType type) {
+  return ffi::Tensor::FromNDAlloc(Zeros{}, ffi::ShapeView(shape.data(), shape.size()), type, kCpu);
+}
+
+std::string read_file(const std::string& path) {
+  std::ifstream file(path);
+  if (!file) throw Refusal{path + " can't be read: give the folder that gammac compile wrote"};
+  std::stringstream text;
+  text << file.rdbuf();
+  return text.str();
+}
+
+class Object {
+ public:
+  explicit Object(ffi::Any value) : map_(value.cast<ffi::json::Object>()) {}
+  template <typename T>
+  T get(const char* name) const {
+    auto found = map_.find(ffi::String(name));
+    if (found == map_.end()) throw Refusal{std::string("model.json has no ") + name};
+    return (*found).second.template cast<T>();
+  }
+
+ private:
+  ffi::json::Object map_;
+};
+
+std::vector<int64_t> sizes_of(const ffi::json::Array& list) {
+  std::vector<int64_t> sizes;
+  for (const ffi::Any& size : list) sizes.push_back(size.cast<int64_t>());
+  return sizes;
+}
+
+std::set<std::string> processor_flags() {
+  std::ifstream file("/proc/cpuinfo");
+  std::string line, flag;
+  while (std::getline(file, line)) {
+    if (line.rfind("flags", 0) != 0 && line.rfind("Features", 0) != 0) continue;
+    std::stringstream words(line.substr(line.find(':') + 1));
+    std::set<std::string> flags;
+    while (words >> flag) flags.insert(flag);
+    return flags;
+  }
+  return {};
+}
+
+void demand_processor(const Object& about) {
+  utsname here{};
+  uname(&here);
+  const std::string arch = about.get<ffi::String>("arch");
+  if (arch != here.machine) throw Refusal{"the artifact is for " + arch + ", this is " + here.machine};
+  const std::set<std::string> flags = processor_flags();
+  for (const ffi::Any& wanted : about.get<ffi::json::Array>("cpu_flags")) {
+    const std::string flag = wanted.cast<ffi::String>();
+    if (!flags.empty() && flags.count(flag) == 0) throw Refusal{"this processor lacks " + flag};
+  }
+}
+
+void demand_version(const Object& about) {
+  const int64_t abi = about.get<int64_t>("abi");
+  if (abi != kAbi) {
+    throw Refusal{"its ABI is " + std::to_string(abi) + ", this runner's is " + std::to_string(kAbi)};
+  }
+  const std::string built = about.get<ffi::String>("tvm");
+  if (built != GAMMAC_TVM) throw Refusal{"built by TVM " + built + ", this runner has " GAMMAC_TVM};
+}
+
+void start_threads(int threads) {
+  // NOTE read when the threads are made: otherwise TVM takes half the cores and pins threads to them
+  setenv("TVM_NUM_THREADS", std::to_string(threads).c_str(), 1);
+  setenv("TVM_BIND_THREADS", "0", 0);
+  ffi::Function::GetGlobalRequired("runtime.config_threadpool")(kBigCores, threads);
+}
+
+}  // namespace
+
+Model::Model(const std::string& folder, int threads) {
+  const std::string text = read_file(folder + "/model.json");
+  ffi::String wrong;
+  const ffi::Any parsed = ffi::json::Parse(text, &wrong);
+  if (!wrong.empty()) throw Refusal{"model.json is damaged: " + std::string(wrong)};
+  const Object about(parsed);
+  demand_version(about);
+  demand_processor(about);
+  start_threads(threads);
+  context_ = about.get<int64_t>("context");
+  map_params(folder + "/model.params", about.get<ffi::json::Array>("params"));
+  for (const ffi::Any& shape : about.get<ffi::json::Array>("caches")) {
+    caches_.push_back(zeros(sizes_of(shape.cast<ffi::json::Array>()), kFloat));
+  }
+  char* absolute = realpath((folder + "/model.so").c_str(), nullptr);
+  if (absolute == nullptr) throw Refusal{folder + " has no model.so"};
+  library_ = ffi::Module::LoadFromFile(absolute);
+  free(absolute);
+  const ffi::Module library = library_.value();
+  machine_ = library->GetFunction("vm_load_executable").value()().cast<ffi::Module>();
+  const ffi::Module machine = machine_.value();
+  machine->GetFunction("vm_initialization").value()(static_cast<int>(kDLCPU), 0, kNaiveAllocator);
+  prefill_ = machine->GetFunction("prefill");
+  decode_ = machine->GetFunction("decode");
+}
+
+void Model::map_params(const std::string& path, const ffi::Array<ffi::Any>& entries) {
+  const int file = open(path.c_str(), O_RDONLY);
+  struct stat status {};
+  if (file < 0 || fstat(file, &status) != 0) throw Refusal{path + " can't be read"};
+  const int64_t size = status.st_size;
+  char* start = static_cast<char*>(mmap(nullptr, size, PROT_READ, MAP_SHARED, file, 0));
+  close(file);
+  if (start == MAP_FAILED) throw Refusal{path + " can't be mapped"};
+  for (const ffi::Any& entry : entries) {
+    const Object fields(entry);
+    const std::vector<int64_t> shape = sizes_of(fields.get<ffi::json::Array>("shape"));
+    const DLDataType type = ffi::StringToDLDataType(fields.get<ffi::String>("dtype"));
+    const int64_t offset = fields.get<int64_t>("offset");
+    int64_t bytes = (type.bits + 7) / 8;
+    for (int64_t one : shape) bytes *= one;
+    if (offset < 0 || offset % kAlignment != 0 || bytes > size - offset) throw Refusal{path + " is too short"};
+    params_.push_back(ffi::Tensor::FromNDAlloc(Mapped{start + offset},
+                                               ffi::ShapeView(shape.data(), shape.size()), type, kCpu));
+  }
+}
+
+int64_t Model::next(const std::vector<int64_t>& tokens) {
+  const int64_t count = static_cast<int64_t>(tokens.size());
+  if (length_ + count > context_) {
+    throw Refusal{"the context is full: the artifact takes " + std::to_string(context_) + " tokens"};
+  }
+  ffi::Tensor ids = zeros({count, 1}, kInteger), past = zeros({1}, kInteger);
+  std::copy(tokens.begin(), tokens.end(), static_cast<int64_t*>(ids.data_ptr()));
+  *static_cast<int64_t*>(past.data_ptr()) = length_;
+  const ffi::Function step = count == 1 ? decode_.value() : prefill_.value();
+  const ffi::Tensor logits = step(ids, past, caches_, params_).cast<ffi::Tensor>();
+  length_ += count;
+  const float* first = static_cast<const float*>(logits.data_ptr());
+  const float* last = first + logits.size(1);
+  return std::max_element(first, last) - first;
+}
+
+}  // namespace gammac

@@ -1,0 +1,38 @@
+// A TVM artifact: its code, its parameters (mapped, not read) and a cache of keys and values.
+#pragma once
+
+#include <tvm/ffi/extra/module.h>
+#include <tvm/ffi/tvm_ffi.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace gammac {
+
+// A mistake of the user's, or an artifact that does not fit here: the message is all they need.
+struct Refusal {
+  std::string message;
+};
+
+class Model {
+ public:
+  // Throws Refusal for a folder that is no artifact, or one for another processor, TVM or ABI.
+  Model(const std::string& folder, int threads);
+
+  int64_t context() const { return context_; }
+
+  // Reads tokens behind those read so far; the likeliest next one.
+  int64_t next(const std::vector<int64_t>& tokens);
+
+ private:
+  void map_params(const std::string& path, const tvm::ffi::Array<tvm::ffi::Any>& entries);
+
+  // the functions come from the library: it is freed last
+  tvm::ffi::Optional<tvm::ffi::Module> library_, machine_;
+  tvm::ffi::Optional<tvm::ffi::Function> prefill_, decode_;
+  tvm::ffi::Array<tvm::ffi::Tensor> params_, caches_;
+  int64_t context_ = 0, length_ = 0;
+};
+
+}  // namespace gammac
