@@ -11,6 +11,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # small tensors gain nothing from threads, and lose much where threads outnumber cores
 for _name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
+# and threads that wait busily take the other tests' cores
+os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "0")
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 
