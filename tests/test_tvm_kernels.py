@@ -87,7 +87,7 @@ def random_weight(format_: IntegerFormat, rows: int, columns: int, seed: int = 0
         return torch.from_numpy(rng.integers(0, format_.levels + 1, shape, dtype=np.uint8))
 
     scales = torch.from_numpy((rng.random(groups) * 0.1 + 0.01).astype(np.float16))
-    return Quantized(format_, codes((rows, columns)), scales, None if format_.symmetric else codes(groups))
+    return format_.quantized(codes((rows, columns)), scales, None if format_.symmetric else codes(groups))
 
 
 def quantized_inputs(x: Any, layout: Layout) -> tuple[dict[str, Any], Any]:
@@ -177,7 +177,7 @@ def test_extreme_codes_and_inputs_do_not_overflow(isa: str) -> None:
         format_ = parse_format(name)
         for code in (0, format_.levels):
             codes = torch.full((16, 64), code, dtype=torch.uint8)
-            weight = Quantized(format_, codes, torch.ones(16, 1, dtype=torch.float16))
+            weight = format_.quantized(codes, torch.ones(16, 1, dtype=torch.float16))
             kernel, library = built(decode_linear, name, 16, 64, isa, True)
             for sign in (1, -1):
                 given_, meant = quantized_inputs(np.full((1, 64), sign, np.float32), Layout(format_, 16, 64))
