@@ -1,17 +1,24 @@
 """The passes, and the pipeline that `gammac compile` runs: the list to read first."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from typing import Final
 
 from gammac.diagnostics import CompileError
-from gammac.formats import INTEGER, IntegerFormat, parse_formats
 from gammac.passes.allocate import Allocate
 from gammac.passes.awq import Awq
 from gammac.passes.candidates import Candidates
+from gammac.passes.choices import (
+    Choices,
+    activations_of,
+    awq_of,
+    check_choices,
+    incoherence_of,
+    refine_of,
+    strategy_of,
+)
 from gammac.passes.collect_grams import CollectGrams
 from gammac.passes.collect_guided_grams import CollectGuidedGrams
-from gammac.passes.finetune import LEARNABLE, Distill, LearnRounding
+from gammac.passes.finetune import Distill, LearnRounding
 from gammac.passes.fold_constants import FoldConstants
 from gammac.passes.fold_norms import FoldNorms
 from gammac.passes.incoherence import Incoherence
@@ -19,14 +26,13 @@ from gammac.passes.insert_kv_cache import InsertKvCache
 from gammac.passes.keep_precision import KeepPrecision
 from gammac.passes.legalize_onnx import LegalizeOnnx
 from gammac.passes.legalize_tvm import LegalizeTvm
-from gammac.passes.options import options_of, parse_strategy
 from gammac.passes.quantize import Quantize
-from gammac.passes.quantize_activations import QuantizeActivations, parse_activations
-from gammac.passes.quantizers import QUANTIZERS, Quip, make_quantizer
+from gammac.passes.quantize_activations import QuantizeActivations
+from gammac.passes.quantizers import make_quantizer
 from gammac.passes.raise_patterns import RaisePatterns
 from gammac.passes.refine import Refine
 from gammac.passes.rotate import Rotate
-from gammac.passes.sensitivity import STRATEGIES, Gamma
+from gammac.passes.sensitivity import STRATEGIES
 from gammac.passes.smooth_quant import SmoothQuant
 from gammac.passes.split_rows import SplitRows
 from gammac.pipeline import Pass
@@ -39,137 +45,8 @@ _IN_ORDER: Final[tuple[type[Pass], ...]] = (
 )  # fmt: skip
 PASSES: Final[Mapping[str, type[Pass]]] = {p.name: p for p in _IN_ORDER}
 
-# strategies whose allocations are checked end to end and improved unless the user says no
-REFINED: Final = frozenset({Gamma.name})
-
 # emitter → the pass that brings a module into the form that it writes
 LEGALIZERS: Final[Mapping[str, type[LegalizeOnnx | LegalizeTvm]]] = {"onnx": LegalizeOnnx, "tvm": LegalizeTvm}
-
-# emitters that write fake_quantize, and the interpreter
-RUN_ACTIVATIONS: Final = ("onnx", NO_EMITTER)
-
-
-@dataclass(frozen=True)
-class Choices:
-    """What a compile lets its user choose about the passes.
-
-    `strategy` may have options, as in a pipeline, and `+refine`, with or without options, behind it.
-    `refine` on or off holds where the strategy doesn't say it; by default only gamma is refined.
-    `incoherence` is a kind of that pass, with or without options, or none; None: what the quantizer needs.
-    """
-
-    block: str = "w2g64+w3g64+w4g64+w8g64"
-    table: str = "w4g64+w8g64"
-    quantizer: str = "gptq"
-    clip: str = "mse"
-    act_order: bool = True
-    damping: float = 0.01
-    inputs: str = "full"
-    strategy: str = "gamma"
-    refine: bool | None = None
-    tie: bool | None = None
-    rotate: bool = False
-    awq_scales: bool | None = None  # by default with the quantizer awq
-    smooth_quant: bool = False
-    smooth_alpha: float = SmoothQuant.alpha
-    activations: str = ""
-    guided: bool = False
-    incoherence: str | None = None
-    learn_rounding: bool = False
-    distill: bool = False
-
-
-def strategy_of(choices: Choices) -> Pass:
-    """The strategy with its options. Raises CompileError for an unknown one, or for wrong options."""
-    return parse_strategy(choices.strategy.partition("+")[0], STRATEGIES)
-
-
-def refine_of(choices: Choices, extra_bytes: int = 0) -> tuple[Refine, ...]:
-    """The step behind the allocation, or nothing. Raises CompileError for wrong options."""
-    _, plus, said = choices.strategy.partition("+")
-    wanted = choices.refine if choices.refine is not None else strategy_of(choices).name in REFINED
-    if not plus and not wanted:
-        return ()
-    text = said if plus else Refine.name
-    refine = parse_strategy(text, {Refine.name: Refine}, "step behind the allocation")
-    assert isinstance(refine, Refine)
-    return (replace(refine, budget="", tie=choices.tie, extra_bytes=extra_bytes),)
-
-
-def _check_kinds(choices: Choices) -> None:
-    """Raises CompileError for formats that the quantizer, or what follows, does not write."""
-    formats, kinds = parse_formats(choices.block), make_quantizer(choices.quantizer).kinds
-    foreign = [f for f in formats if f.kind not in kinds]
-    # tables in a kind that the quantizer doesn't write are rounded, which takes a grid
-    foreign += [f for f in parse_formats(choices.table) if f.kind not in (*kinds, INTEGER)]
-    if foreign:
-        able = [name for name, q in QUANTIZERS.items() if foreign[0].kind in q.kinds]
-        raise CompileError(
-            f"{choices.quantizer} does not write {', '.join(f.name for f in foreign)}",
-            hint=f"--quantizer {' or '.join(able)} does",
-        )
-    fixed = [f.name for f in formats if f.kind not in LEARNABLE]
-    if (choices.learn_rounding or choices.distill) and fixed:
-        raise CompileError(
-            f"{'learn_rounding' if choices.learn_rounding else 'distill'} does not learn {', '.join(fixed)}",
-            hint=f"it learns {' and '.join(sorted(LEARNABLE))} codes, in formats such as w3g64",
-        )
-
-
-def incoherence_of(choices: Choices) -> tuple[Incoherence, ...]:
-    """The pass that makes weights incoherent, or nothing. Raises CompileError for wrong options."""
-    quip = choices.quantizer.partition(":")[0] == Quip.name
-    wanted = choices.incoherence or ("kronecker" if quip else "none")
-    if wanted == "none":
-        return ()
-    kind, *options = wanted.split(":")
-    if choices.rotate:
-        raise CompileError(
-            "rotate and incoherence both turn the weights, each in its own way",
-            hint="leave out --rotate, or write --incoherence none and another --quantizer than quip",
-        )
-    found = Incoherence(**{"kind": kind, **options_of("incoherence", Incoherence, options)})
-    if found.rescale and not make_quantizer(choices.quantizer).needs_gram:
-        raise CompileError(
-            f"rescale needs the Gram matrices, which {choices.quantizer} does without",
-            hint="leave it out, or quantize with gptq or quip",
-        )
-    return (found,)
-
-
-def awq_of(choices: Choices) -> tuple[Awq, ...]:
-    """AWQ's scales for the narrowest grid that a linear may get, or nothing.
-
-    Raises CompileError where no format is a grid.
-    """
-    own = choices.quantizer.partition(":")[0] == Awq.name
-    wanted = own if choices.awq_scales is None else choices.awq_scales
-    if not wanted:
-        return ()
-    grids = [f for f in parse_formats(choices.block) if f.kind == INTEGER]
-    if not grids:
-        raise CompileError("awq scales for integer codes", hint="leave out --awq-scales, or choose w3g64")
-    return (Awq(min(grids).name, keep_qk_range=own),)
-
-
-def _activations_of(choices: Choices, emitter: str, compiler: bool) -> tuple[QuantizeActivations, ...]:
-    if not choices.activations:
-        return ()
-    format_ = parse_activations(choices.activations)
-    if emitter not in RUN_ACTIVATIONS:
-        raise CompileError(
-            f"the emitter {emitter} runs no activations of {format_.bits} bits",
-            hint="onnx does; or leave out --activations",
-        )
-    integers = compiler and all(
-        isinstance(f, IntegerFormat) and f.symmetric and not f.group for f in parse_formats(choices.block)
-    )
-    if format_.bits < 8 and not integers:
-        raise CompileError(
-            f"activations of {format_.bits} bits are multiplied by weights with one scale a row alone",
-            hint=f"{format_.weights} is such a format" + ("" if compiler else "; it takes a C++ compiler"),
-        )
-    return (QuantizeActivations(choices.activations),)
 
 
 def default_pipeline(
@@ -179,25 +56,15 @@ def default_pipeline(
 
     `compiler`: whether the emitter's own kernels of every width can be had; without them, rows are split so
     that the widths of the stock kernels mix within a weight. `context`: the longest sequence to be run (0: as
-    the emitter thinks fit). Raises CompileError for an
-    unknown strategy or emitter, or for options that the strategy lacks.
+    the emitter thinks fit). Raises CompileError for an unknown strategy or emitter, or for options that the
+    strategy lacks.
     """
     strategy = strategy_of(choices)
     if emitter not in (*LEGALIZERS, NO_EMITTER):
         raise CompileError(f"no emitter {emitter!r}", hint=f"there are {', '.join(LEGALIZERS)}")
     how = (choices.quantizer, choices.clip, choices.act_order, choices.damping)
-    if (choices.learn_rounding or choices.distill) and choices.inputs != "full":
-        raise CompileError(
-            "what is learnt starts from the candidates, which have full-precision inputs",
-            hint="leave out --inputs quantized: learning reads what quantized blocks put out anyway",
-        )
-    _check_kinds(choices)
+    check_choices(choices)
     collect = CollectGuidedGrams() if choices.guided else CollectGrams()
-    if choices.guided and choices.inputs != "full":
-        raise CompileError(
-            "gradients are those of the full-precision model: guided needs its inputs",
-            hint="leave out --inputs quantized or --guided",
-        )
     incoherence = incoherence_of(choices)
     needs_gram = make_quantizer(choices.quantizer).needs_gram
     return (
@@ -222,7 +89,19 @@ def default_pipeline(
         *((LearnRounding(),) if choices.learn_rounding else ()),
         *((Distill(),) if choices.distill else ()),
         Quantize(choices.inputs, *how),
-        *_activations_of(choices, emitter, compiler),
+        *activations_of(choices, emitter, compiler),
         # the form that the emitter writes
         *(() if emitter == NO_EMITTER else (LEGALIZERS[emitter](context),)),
     )
+
+
+__all__ = [
+    "LEGALIZERS",
+    "PASSES",
+    "STRATEGIES",
+    "Choices",
+    "default_pipeline",
+    "incoherence_of",
+    "refine_of",
+    "strategy_of",
+]

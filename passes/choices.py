@@ -1,0 +1,162 @@
+"""What a compile lets its user choose about the passes, and which passes follow from it."""
+
+from dataclasses import dataclass, replace
+from typing import Final
+
+from gammac.diagnostics import CompileError
+from gammac.formats import INTEGER, IntegerFormat, parse_formats
+from gammac.passes.awq import Awq
+from gammac.passes.finetune import LEARNABLE
+from gammac.passes.incoherence import Incoherence
+from gammac.passes.options import options_of, parse_strategy
+from gammac.passes.quantize_activations import QuantizeActivations, parse_activations
+from gammac.passes.quantizers import QUANTIZERS, Quip, make_quantizer
+from gammac.passes.refine import Refine
+from gammac.passes.sensitivity import STRATEGIES, Gamma
+from gammac.passes.smooth_quant import SmoothQuant
+from gammac.pipeline import Pass
+from gammac.targets.target import NO_EMITTER
+
+# strategies whose allocations are checked end to end and improved unless the user says no
+REFINED: Final = frozenset({Gamma.name})
+
+# emitters that write fake_quantize, and the interpreter
+RUN_ACTIVATIONS: Final = ("onnx", NO_EMITTER)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a compile lets its user choose about the passes.
+
+    `strategy` may have options, as in a pipeline, and `+refine`, with or without options, behind it.
+    `refine` on or off holds where the strategy doesn't say it; by default only gamma is refined.
+    `incoherence` is a kind of that pass, with or without options, or none; None: what the quantizer needs.
+    """
+
+    block: str = "w2g64+w3g64+w4g64+w8g64"
+    table: str = "w4g64+w8g64"
+    quantizer: str = "gptq"
+    clip: str = "mse"
+    act_order: bool = True
+    damping: float = 0.01
+    inputs: str = "full"
+    strategy: str = "gamma"
+    refine: bool | None = None
+    tie: bool | None = None
+    rotate: bool = False
+    awq_scales: bool | None = None  # by default with the quantizer awq
+    smooth_quant: bool = False
+    smooth_alpha: float = SmoothQuant.alpha
+    activations: str = ""
+    guided: bool = False
+    incoherence: str | None = None
+    learn_rounding: bool = False
+    distill: bool = False
+
+
+def strategy_of(choices: Choices) -> Pass:
+    """The strategy with its options. Raises CompileError for an unknown one, or for wrong options."""
+    return parse_strategy(choices.strategy.partition("+")[0], STRATEGIES)
+
+
+def refine_of(choices: Choices, extra_bytes: int = 0) -> tuple[Refine, ...]:
+    """The step behind the allocation, or nothing. Raises CompileError for wrong options."""
+    _, plus, said = choices.strategy.partition("+")
+    wanted = choices.refine if choices.refine is not None else strategy_of(choices).name in REFINED
+    if not plus and not wanted:
+        return ()
+    text = said if plus else Refine.name
+    refine = parse_strategy(text, {Refine.name: Refine}, "step behind the allocation")
+    assert isinstance(refine, Refine)
+    return (replace(refine, budget="", tie=choices.tie, extra_bytes=extra_bytes),)
+
+
+def check_choices(choices: Choices) -> None:
+    """Raises CompileError for choices that don't go together, and for formats that nobody writes."""
+    if (choices.learn_rounding or choices.distill) and choices.inputs != "full":
+        raise CompileError(
+            "what is learnt starts from the candidates, which have full-precision inputs",
+            hint="leave out --inputs quantized: learning reads what quantized blocks put out anyway",
+        )
+    if choices.guided and choices.inputs != "full":
+        raise CompileError(
+            "gradients are those of the full-precision model: guided needs its inputs",
+            hint="leave out --inputs quantized or --guided",
+        )
+    _check_kinds(choices)
+
+
+def _check_kinds(choices: Choices) -> None:
+    formats, kinds = parse_formats(choices.block), make_quantizer(choices.quantizer).kinds
+    foreign = [f for f in formats if f.kind not in kinds]
+    # tables in a kind that the quantizer doesn't write are rounded, which takes a grid
+    foreign += [f for f in parse_formats(choices.table) if f.kind not in (*kinds, INTEGER)]
+    if foreign:
+        able = [name for name, q in QUANTIZERS.items() if foreign[0].kind in q.kinds]
+        raise CompileError(
+            f"{choices.quantizer} does not write {', '.join(f.name for f in foreign)}",
+            hint=f"--quantizer {' or '.join(able)} does",
+        )
+    fixed = [f.name for f in formats if f.kind not in LEARNABLE]
+    if (choices.learn_rounding or choices.distill) and fixed:
+        raise CompileError(
+            f"{'learn_rounding' if choices.learn_rounding else 'distill'} does not learn {', '.join(fixed)}",
+            hint=f"it learns {' and '.join(sorted(LEARNABLE))} codes, in formats such as w3g64",
+        )
+
+
+def incoherence_of(choices: Choices) -> tuple[Incoherence, ...]:
+    """The pass that makes weights incoherent, or nothing. Raises CompileError for wrong options."""
+    quip = choices.quantizer.partition(":")[0] == Quip.name
+    wanted = choices.incoherence or ("kronecker" if quip else "none")
+    if wanted == "none":
+        return ()
+    kind, *options = wanted.split(":")
+    if choices.rotate:
+        raise CompileError(
+            "rotate and incoherence both turn the weights, each in its own way",
+            hint="leave out --rotate, or write --incoherence none and another --quantizer than quip",
+        )
+    found = Incoherence(**{"kind": kind, **options_of("incoherence", Incoherence, options)})
+    if found.rescale and not make_quantizer(choices.quantizer).needs_gram:
+        raise CompileError(
+            f"rescale needs the Gram matrices, which {choices.quantizer} does without",
+            hint="leave it out, or quantize with gptq or quip",
+        )
+    return (found,)
+
+
+def awq_of(choices: Choices) -> tuple[Awq, ...]:
+    """AWQ's scales for the narrowest grid that a linear may get, or nothing.
+
+    Raises CompileError where no format is a grid.
+    """
+    own = choices.quantizer.partition(":")[0] == Awq.name
+    wanted = own if choices.awq_scales is None else choices.awq_scales
+    if not wanted:
+        return ()
+    grids = [f for f in parse_formats(choices.block) if f.kind == INTEGER]
+    if not grids:
+        raise CompileError("awq scales for integer codes", hint="leave out --awq-scales, or choose w3g64")
+    return (Awq(min(grids).name, keep_qk_range=own),)
+
+
+def activations_of(choices: Choices, emitter: str, compiler: bool) -> tuple[QuantizeActivations, ...]:
+    """The pass that rounds what linears read, or nothing. Raises CompileError where no kernel runs it."""
+    if not choices.activations:
+        return ()
+    format_ = parse_activations(choices.activations)
+    if emitter not in RUN_ACTIVATIONS:
+        raise CompileError(
+            f"the emitter {emitter} runs no activations of {format_.bits} bits",
+            hint="onnx does; or leave out --activations",
+        )
+    integers = compiler and all(
+        isinstance(f, IntegerFormat) and f.symmetric and not f.group for f in parse_formats(choices.block)
+    )
+    if format_.bits < 8 and not integers:
+        raise CompileError(
+            f"activations of {format_.bits} bits are multiplied by weights with one scale a row alone",
+            hint=f"{format_.weights} is such a format" + ("" if compiler else "; it takes a C++ compiler"),
+        )
+    return (QuantizeActivations(choices.activations),)
