@@ -355,6 +355,7 @@ def test_options_are_those_of_the_command_line() -> None:
         ('[[row]]\nname = "x"\nbits = 3\nact-order = "no"', "act-order = 'no' is no bool"),
         ('[[row]]\nname = "x"\nbits = 3\nformats = "w9g64"', "'w9g64' is no weight format"),
         ('[[row]]\nname = "x"\nbits = [3, 3]', "x 3 stands there twice"),
+        ('[[row]]\nname = "x, y"\nbits = 3', "'x, y' has a comma"),
     ],
 )
 def test_mistakes_in_rows_are_named(text: str, said: str) -> None:

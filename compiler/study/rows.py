@@ -157,6 +157,8 @@ def _expanded(entry: Mapping[str, Any], where: str) -> list[RowSpec]:
     name = entry.get("name")
     if not isinstance(name, str) or not name or "bits" not in entry:
         raise CompileError(f"{where}: a row needs a name and bits: {dict(entry)}", hint="see docs/study.md")
+    if "," in name:
+        raise CompileError(f"{where}: {name!r} has a comma", hint="it parts names in --methods")
     place = f"{where}: {name}"
     options = {k.replace("-", "_"): v for k, v in entry.items() if k not in OWN}
     recipe = " ".join(_spelled(k, v) for k, v in options.items())
