@@ -67,7 +67,7 @@ def gated_linear(
 
             gate.write(write)
 
-        over_tiles(job, job.tiles(layouts[0]), size, body)
+        over_tiles(job, layouts[:1], size, body)
     name = job.name("gated", activation, *(f.name for f in formats), f"{rows}x{columns}")
     return Kernel(name, inputs, outputs, made.primfunc)
 
@@ -101,7 +101,7 @@ def stacked_linear(
         def body(index: Expr, at: list[Expr]) -> None:
             _choose(index, many, lambda i, tile: one(i, tile, at))
 
-        over_tiles(job, sum(many), size, body)
+        over_tiles(job, layouts, size, body)
     sizes = "_".join(f"{f.name}x{n}" for f, n in zip(formats, rows, strict=True))
     return Kernel(job.name("stacked", sizes, columns), inputs, outputs, made.primfunc)
 

@@ -28,6 +28,8 @@ Expr = Any
 
 # tokens whose inputs stay in the second cache
 TOKENS_AT_ONCE: Final = 256
+# bytes of codes that are worth a second thread: waking one takes as long as reading these
+_SHARED_OUT: Final = 1 << 15
 # products in an unrolled chunk: more take LLVM long and win nothing
 _UNROLLED: Final = {True: 128, False: 256}
 
@@ -214,13 +216,15 @@ class Sums:
             write_panel(panel, self.rows, lanes)
 
 
-def over_tiles(job: Job, many: int, size: Expr, body: Callable[[Expr, list[Expr]], None]) -> None:
+def over_tiles(job: Job, layouts: list[Layout], size: Expr, body: Callable[[Expr, list[Expr]], None]) -> None:
     """`body(tile of panels, tokens)`: tokens in portions whose inputs stay in cache, then panels, then tiles.
 
-    The tokens behind the last one repeat it.
+    The tiles are those of all `layouts`, shared out between threads. Tokens behind the last one repeat it.
     """
+    many = sum(job.tiles(layout) for layout in layouts)
     if job.tokens == 1:
-        with T.parallel(0, many) as index:
+        small = sum(layout.panels * layout.panel_bytes for layout in layouts) < _SHARED_OUT
+        with T.serial(0, many) if small else T.parallel(0, many) as index:
             body(index, [0])
         return
     tokens = job.tile[1]
@@ -260,7 +264,7 @@ def _linear(layout: Layout, job: Job, added: tuple[str, ...]) -> Kernel:
 
             sums.write(write)
 
-        over_tiles(job, job.tiles(layout), size, body)
+        over_tiles(job, [layout], size, body)
     name = job.name(layout.format.name, f"{layout.rows}x{layout.columns}", *added)
     return Kernel(name, inputs, outputs, made.primfunc)
 
