@@ -169,6 +169,17 @@ def check_target(target: Target, choices: Choices, *, compiler: bool, artifact: 
             )
 
 
+def demand_predictions(plan: Plan, who: str) -> None:
+    """Raises CompileError for a model whose predictions on a text `who`, such as a sweep, can't compare."""
+    if plan.module.attrs.get("kind") == "encoder":
+        raise CompileError(
+            f"{plan.source.name} is an encoder: {who} compares predictions of the next token",
+            hint="compile it in each way, and compare outputs with gammac eval --reference",
+        )
+    if plan.source.tokenizer is None:
+        raise CompileError(f"{plan.source.name} has no tokenizer, so that no text can be read")
+
+
 def calibration_of(plan: Plan) -> Calibration | None:
     """The calibration windows of a plan; None for a model without a tokenizer. Raises CompileError."""
     request, tokenizer = plan.request, plan.source.tokenizer

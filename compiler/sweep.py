@@ -16,9 +16,9 @@ from torch import Tensor
 
 from gammac.budget import SIZE, Budget, parse_budgets
 from gammac.cache import key_of
-from gammac.diagnostics import CompileError
-from gammac.driver import Plan, Request, context_of, extra_bytes, make_plan
+from gammac.driver import Plan, Request, context_of, demand_predictions, extra_bytes, make_plan
 from gammac.dryrun import guess_scores
+from gammac.formats import candidates_of
 from gammac.ir import Module, to_text
 from gammac.passes import default_pipeline
 from gammac.passes.allocate import Allocate
@@ -29,7 +29,6 @@ from gammac.passes.collect_guided_grams import CollectGuidedGrams
 from gammac.passes.finetune import LearnRounding
 from gammac.passes.quantize import Quantize
 from gammac.passes.sensitivity import STRATEGIES, WeightMse
-from gammac.passes.sensitivity.scores import candidates_of
 from gammac.pipeline import Context, Pass, Pipeline, Step, full_options_text
 from gammac.progress import Progress, no_progress
 from gammac.runtime.evaluate import WINDOW, windows_for
@@ -138,13 +137,7 @@ def _with_strategy(request: Request, strategy: str) -> Request:
 
 
 def _check(wish: SweepRequest, plan: Plan) -> None:
-    if plan.module.attrs.get("kind") == "encoder":
-        raise CompileError(
-            f"{plan.source.name} is an encoder: a sweep compares predictions of the next token",
-            hint="compile it at each budget, and compare outputs with gammac eval --reference",
-        )
-    if plan.source.tokenizer is None:
-        raise CompileError(f"{plan.source.name} has no tokenizer, so that no text can be read")
+    demand_predictions(plan, "a sweep")
     for strategy in wish.strategies:
         _passes(plan, strategy, ())
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gammac.calibration import inputs_of, segments
 from gammac.diagnostics import CompileError
-from gammac.formats import Quantized, load_float, parse_format
+from gammac.formats import candidates_of, load_candidate, load_float
 from gammac.ir import Module, TensorType, Value, Weight, WeightRef
 from gammac.ir.interpret import Env, Weights, bind, run_ops
 from gammac.ir.types import BYTES, evaluate
@@ -77,18 +77,11 @@ def _check(module: Module, tokens: Tensor, assignments: Sequence[Assignment]) ->
     for name, format_ in dict.fromkeys(pair for a in assignments for pair in a.items()):
         if name not in module.weights:
             raise CompileError(f"there is no weight {name!r} to try {format_} on")
-        known = _candidates(module.weights[name])
+        known = candidates_of(module.weights[name])
         if format_ not in known:
             raise CompileError(
                 f"has no candidate {format_!r}", loc=name, hint=f"there are {', '.join(known) or 'none'}"
             )
-
-
-def _candidates(weight: Weight) -> Mapping[str, str]:
-    """Format name → digest."""
-    found = weight.attrs.get("candidates", {})
-    assert isinstance(found, Mapping)
-    return {str(name): str(digest) for name, digest in found.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,8 +112,7 @@ class FormatWeights:
     def _load(self, weight: Weight, format_: str) -> Tensor:
         if not format_:
             return load_float(weight, self.store)
-        arrays = self.store.get(_candidates(weight)[format_])
-        return Quantized(parse_format(format_), arrays).dequantize()
+        return load_candidate(weight, format_, self.store).dequantize()
 
 
 class _Trials:

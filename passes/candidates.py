@@ -21,7 +21,7 @@ from gammac.cache import key_of
 from gammac.diagnostics import CompileError, Diagnostic
 from gammac.formats import Format, parse_formats
 from gammac.ir import Module, Weight
-from gammac.passes.quantizers import Gptq, Quantizer, Quip, make_quantizer, output_error
+from gammac.passes.quantizers import Quantizer, for_tables, make_quantizer, output_error
 from gammac.pipeline import Context, Invariant
 
 
@@ -133,12 +133,10 @@ def quantize_stack(
     floats = [ctx.store.tensor(w.digest) for w in stack]
     gram = gram_of(stack[0], ctx) if gram is None else gram
     quantizer = quantizer_for(stack[0], quantizer)
-    foreign = stack[0].attrs["role"] == "table" and {f.kind for f in formats} - set(quantizer.kinds)
-    if foreign or (gram is None and quantizer.needs_gram):
+    if stack[0].attrs["role"] == "table":
+        quantizer = for_tables(quantizer, formats)
+    if gram is None and quantizer.needs_gram:
         quantizer = make_quantizer("rtn")  # an embedding that no linear reads has no inputs to weigh
-    if isinstance(quantizer, Quip) and stack[0].attrs["role"] == "table":
-        # nobody makes tables incoherent, and quip's range would cut off what stands out there
-        quantizer = Gptq(act_order=quantizer.act_order, damping=quantizer.damping)
     results = quantizer.quantize(torch.cat(floats), gram, formats)
     found: dict[str, Any] = {w.name: {"candidates": {}, "errors": {}} for w in stack}
     for format_, whole in zip(formats, results, strict=True):

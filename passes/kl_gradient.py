@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from gammac.calibration import LinearGradient, SegmentWeights, Stream, backward, run_segment
+from gammac.formats import candidates_of
 from gammac.ir import Module, Value
 from gammac.ir.interpret import run_ops
-from gammac.passes.sensitivity.scores import candidates_of
 from gammac.pipeline import Context
 from gammac.trials import FormatWeights
 

@@ -23,7 +23,7 @@ from gammac.cli import main
 from gammac.diagnostics import CompileError
 from gammac.driver import Request, make_plan
 from gammac.dryrun import scoring_work
-from gammac.formats import load_float, parse_format
+from gammac.formats import candidates_of, load_float, parse_format
 from gammac.ir import Builder, Function, Module, Sym, TensorType, Value, to_text
 from gammac.ir.interpret import run
 from gammac.passes import STRATEGIES, Choices, default_pipeline
@@ -34,7 +34,7 @@ from gammac.passes.sensitivity import DeltaLoss, Fisher, Hawq
 from gammac.passes.sensitivity.first_last_high import FirstLastHigh
 from gammac.passes.sensitivity.hawq import Probe, at_least_its_error
 from gammac.passes.sensitivity.random_feasible import RandomFeasible
-from gammac.passes.sensitivity.scores import candidate, candidates_of
+from gammac.passes.sensitivity.scores import candidate
 from gammac.passes.sensitivity.uniform import Uniform
 from gammac.pipeline import Context, Pass, Pipeline
 from gammac.targets.target import load_target

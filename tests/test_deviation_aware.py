@@ -8,7 +8,7 @@ from llama_module import VOCAB, llama
 from torch import Tensor
 
 from gammac.diagnostics import CompileError
-from gammac.formats import Quantized, parse_format
+from gammac.formats import Quantized, candidates_of, parse_format
 from gammac.ir import Module
 from gammac.passes.allocate import Allocate
 from gammac.passes.candidates import Candidates
@@ -19,7 +19,6 @@ from gammac.passes.finetune.distill import _Trainer
 from gammac.passes.finetune.scales import at_logs, scaled
 from gammac.passes.quantizers import make_quantizer
 from gammac.passes.sensitivity import WeightMse
-from gammac.passes.sensitivity.scores import candidates_of
 from gammac.pipeline import Context, Pipeline
 from gammac.targets.target import load_target
 from gammac.texts import Calibration

@@ -3,36 +3,23 @@
 import dataclasses
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from llama_module import VOCAB, llama
+from learning_models import allocated_llama, context, kill_at
+from llama_module import VOCAB
 
-from gammac.cache import PassCache
 from gammac.diagnostics import CompileError
-from gammac.formats import Quantized, parse_format
+from gammac.formats import Quantized, candidates_of, parse_format
 from gammac.ir import Module, to_text
 from gammac.passes import Choices, default_pipeline
-from gammac.passes.allocate import Allocate
-from gammac.passes.candidates import Candidates
 from gammac.passes.finetune.distill import Distill
 from gammac.passes.finetune.student import Learnt, Student
 from gammac.passes.kl_gradient import KlGradient
 from gammac.passes.quantize import Quantize
-from gammac.passes.sensitivity import WeightMse
-from gammac.passes.sensitivity.scores import candidates_of
-from gammac.pipeline import Context, Pipeline
-from gammac.targets.target import load_target
-from gammac.texts import Calibration
 from gammac.weights import WeightStore
 
 DISTILL = Distill(steps=20, rate=0.01)
-
-
-def context(store: WeightStore, cache: Path | None = None, **options: Any) -> Context:
-    tokens = torch.randint(0, VOCAB, (64, 24), generator=torch.Generator().manual_seed(1))
-    return Context(load_target("cpu-x86"), store, (), Calibration(tokens), cache=PassCache(cache), **options)
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +29,7 @@ def store() -> WeightStore:
 
 @pytest.fixture(scope="module")
 def allocated(store: WeightStore) -> Module:
-    passes = (Candidates("w2g32+w4g32", "w8g32", "rtn"), WeightMse(), Allocate(budget="2.5", tie=False))
-    return Pipeline(passes).run(llama(store), context(store))
+    return allocated_llama(store)
 
 
 @pytest.fixture(scope="module")
@@ -149,16 +135,8 @@ def test_what_does_not_help_is_not_taken(
 def test_equal_seeds_equal_scales_and_a_killed_run_goes_on(
     allocated: Module, distilled: Module, store: WeightStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ctx, original, done = context(store, tmp_path), PassCache.record, list[str]()
-
-    def dying(self: PassCache, key: str, compute: Any) -> dict[str, Any]:
-        if not self.has_record(key):
-            done.append(key)
-            if len(done) == 3:
-                raise KeyboardInterrupt
-        return original(self, key, compute)
-
-    monkeypatch.setattr(PassCache, "record", dying)
+    ctx = context(store, tmp_path)
+    done = kill_at(3, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         DISTILL.run(allocated, ctx)
     assert to_text(DISTILL.run(allocated, ctx)) == to_text(distilled)

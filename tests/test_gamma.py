@@ -17,7 +17,7 @@ from torch import Tensor
 from gammac.cache import PassCache
 from gammac.calibration import SegmentWeights, Stream, backward_segments, run_up_to_last
 from gammac.diagnostics import CompileError
-from gammac.formats import load_float, parse_format
+from gammac.formats import candidates_of, load_float, parse_format
 from gammac.ir import Module, Value, to_text
 from gammac.ir.interpret import run_ops
 from gammac.passes.allocate import Allocate
@@ -32,7 +32,7 @@ from gammac.passes.sensitivity.gamma_interactions import LEAST, SHARE, shrunk
 from gammac.passes.sensitivity.gamma_preferences import Lines, Preferences, gumbel_softmax
 from gammac.passes.sensitivity.gamma_steps import SteppedPreferences
 from gammac.passes.sensitivity.gamma_teacher import Teacher
-from gammac.passes.sensitivity.scores import candidate, candidates_of, falling
+from gammac.passes.sensitivity.scores import candidate, falling
 from gammac.pipeline import Context, Pipeline
 from gammac.progress import no_progress
 from gammac.targets.target import load_target

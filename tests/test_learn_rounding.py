@@ -3,15 +3,14 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from learning_models import allocated_llama, context, kill_at
 from llama_module import VOCAB, llama
 
-from gammac.cache import PassCache
 from gammac.diagnostics import CompileError
-from gammac.formats import Quantized, parse_format
+from gammac.formats import Quantized, candidates_of, parse_format
 from gammac.ir import Module, to_text
 from gammac.passes import Choices, default_pipeline
 from gammac.passes.allocate import Allocate
@@ -22,10 +21,7 @@ from gammac.passes.kl_gradient import KlGradient
 from gammac.passes.quantize import Quantize
 from gammac.passes.quantizers import make_quantizer
 from gammac.passes.sensitivity import WeightMse
-from gammac.passes.sensitivity.scores import candidates_of
 from gammac.pipeline import Context, Pipeline
-from gammac.targets.target import load_target
-from gammac.texts import Calibration
 from gammac.weights import WeightStore
 
 LEARN = LearnRounding(steps=30)
@@ -64,11 +60,6 @@ def test_a_step_lowers_a_quadratic_loss() -> None:
 # ---- a small Llama ------------------------------------------------------------------------------
 
 
-def context(store: WeightStore, cache: Path | None = None, **options: Any) -> Context:
-    tokens = torch.randint(0, VOCAB, (64, 24), generator=torch.Generator().manual_seed(1))
-    return Context(load_target("cpu-x86"), store, (), Calibration(tokens), cache=PassCache(cache), **options)
-
-
 @pytest.fixture(scope="module")
 def store() -> WeightStore:
     return WeightStore()
@@ -76,8 +67,7 @@ def store() -> WeightStore:
 
 @pytest.fixture(scope="module")
 def allocated(store: WeightStore) -> Module:
-    passes = (Candidates("w2g32+w4g32", "w8g32", "rtn"), WeightMse(), Allocate(budget="2.5", tie=False))
-    return Pipeline(passes).run(llama(store), context(store))
+    return allocated_llama(store)
 
 
 def kl_of(module: Module, ctx: Context) -> float:
@@ -140,16 +130,8 @@ def test_a_killed_run_goes_on_behind_the_last_block(
     allocated: Module, store: WeightStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = to_text(LEARN.run(allocated, context(store)))
-    ctx, original, learnt = context(store, tmp_path), PassCache.record, list[str]()
-
-    def dying(self: PassCache, key: str, compute: Any) -> dict[str, Any]:
-        if not self.has_record(key):
-            learnt.append(key)
-            if len(learnt) == 3:
-                raise KeyboardInterrupt
-        return original(self, key, compute)
-
-    monkeypatch.setattr(PassCache, "record", dying)
+    ctx = context(store, tmp_path)
+    learnt = kill_at(3, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         LEARN.run(allocated, ctx)
     assert to_text(LEARN.run(allocated, ctx)) == whole

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import click
 import pytest
 
 from gammac.cli.compile import _follow_recipe, compile_command
@@ -14,6 +15,11 @@ def test_a_recipe_is_a_pipeline(name: str) -> None:
     fields: dict[str, Any] = dict(RECIPES[name])
     names = [p.name for p in default_pipeline(Choices(**fields), "onnx", compiler=True)]
     assert ("distill" in names) == (name == "best") and ("gamma" in names) == (name != "fast")
+
+
+def test_the_command_line_offers_them_all() -> None:
+    (option,) = (p for p in compile_command.params if p.name == "recipe")
+    assert isinstance(option.type, click.Choice) and set(option.type.choices) == set(RECIPES)
 
 
 def chosen(*arguments: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from gammac.budget import parse_budgets
 from gammac.calibration import inputs_of
 from gammac.diagnostics import CompileError
-from gammac.formats import load_float, parse_format
+from gammac.formats import candidates_of, load_float, parse_format
 from gammac.ir import Module, to_text
 from gammac.ir.interpret import run
 from gammac.passes import PASSES, Choices, default_pipeline, refine_of, strategy_of
@@ -25,7 +25,7 @@ from gammac.passes.options import parse_passes
 from gammac.passes.refine import Refine, _predicted
 from gammac.passes.sensitivity import Fisher, Gamma
 from gammac.passes.sensitivity.random_feasible import RandomFeasible
-from gammac.passes.sensitivity.scores import candidate, candidates_of
+from gammac.passes.sensitivity.scores import candidate
 from gammac.pipeline import Context, Pipeline, options_text
 from gammac.targets import cost
 from gammac.targets.target import load_target

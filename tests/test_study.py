@@ -17,7 +17,7 @@ from gammac.cli import main
 from gammac.cli import study as cli
 from gammac.diagnostics import CompileError
 from gammac.driver import Plan, Request
-from gammac.formats import parse_format
+from gammac.formats import candidates_of, parse_format
 from gammac.ir import Module
 from gammac.models_zoo.fetch import fetch
 from gammac.passes import Choices
@@ -25,7 +25,6 @@ from gammac.passes.candidates import Candidates
 from gammac.passes.collect_grams import CollectGrams
 from gammac.passes.quantize import stored_as
 from gammac.passes.quantizers import QUANTIZERS
-from gammac.passes.sensitivity.scores import candidates_of
 from gammac.pipeline import Context
 from gammac.runtime.evaluate import compare, windows_for
 from gammac.runtime.reference import InterpreterSession, TransformersSession, load_model

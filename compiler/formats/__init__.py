@@ -28,7 +28,14 @@ from gammac.formats.integer import INTEGER, IntegerFormat
 from gammac.formats.names import parse_format, parse_formats
 from gammac.formats.normal_float import NORMAL_FLOAT, DoubleNormalFloat, NormalFloat
 from gammac.formats.partly_binary import PARTLY_BINARY, PartlyBinaryFormat
-from gammac.formats.stored import load_float, load_quantized, stored_format
+from gammac.formats.stored import (
+    candidates_of,
+    load_candidate,
+    load_chosen,
+    load_float,
+    load_quantized,
+    stored_format,
+)
 from gammac.formats.trellis import TRELLIS, TrellisFormat, code_values, tile_bounds
 
 __all__ = [
@@ -50,8 +57,11 @@ __all__ = [
     "PartlyBinaryFormat",
     "Quantized",
     "TrellisFormat",
+    "candidates_of",
     "code_values",
     "concat_rows",
+    "load_candidate",
+    "load_chosen",
     "load_float",
     "load_quantized",
     "parse_format",

@@ -21,6 +21,23 @@ def load_quantized(weight: Weight, store: WeightStore) -> Quantized:
     return Quantized(format_, store.get(weight.digest))
 
 
+def candidates_of(weight: Weight) -> dict[str, str]:
+    """Format name → digest of the weight in that format; none before it was quantized."""
+    candidates = weight.attrs.get("candidates", {})
+    assert isinstance(candidates, dict)
+    return {str(name): str(digest) for name, digest in candidates.items()}
+
+
+def load_candidate(weight: Weight, name: str, store: WeightStore) -> Quantized:
+    """The weight in one of the formats that it was quantized in."""
+    return Quantized(parse_format(name), store.get(candidates_of(weight)[name]))
+
+
+def load_chosen(weight: Weight, store: WeightStore) -> Quantized:
+    """The weight in the format that it was given."""
+    return load_candidate(weight, str(weight.attrs["format"]), store)
+
+
 def load_float(weight: Weight, store: WeightStore) -> Tensor:
     """A weight as floats, dequantized if need be."""
     if stored_format(weight) is None:

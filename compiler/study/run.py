@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from gammac.cache import key_of
 from gammac.diagnostics import CompileError
-from gammac.driver import Plan, Request, context_of, make_plan, model_digest
+from gammac.driver import Plan, Request, context_of, demand_predictions, make_plan, model_digest
 from gammac.passes.fold_constants import FoldConstants
 from gammac.passes.raise_patterns import RaisePatterns
 from gammac.pipeline import Context, Pipeline
@@ -143,13 +143,7 @@ def prepare(wish: StudyRequest, cache: Path | None = None, progress: Progress = 
     _refuse_texts(wish.texts)
     tasks = [read_task(path, wish.items) for path in _task_files(wish.tasks)]
     plan = make_plan(FULL_ROW.request(wish.request), cache)
-    if plan.module.attrs.get("kind") == "encoder":
-        raise CompileError(
-            f"{plan.source.name} is an encoder: a study measures predictions of the next token",
-            hint="compile it with each method, and compare outputs with gammac eval --reference",
-        )
-    if plan.source.tokenizer is None:
-        raise CompileError(f"{plan.source.name} has no tokenizer, so that no text can be read")
+    demand_predictions(plan, "a study")
     for row in wish.rows:
         if not row.lacking:
             passes_of(plan_of(row, plan))

@@ -22,13 +22,14 @@ from torch import Tensor
 from gammac.cache import key_of
 from gammac.calibration import BATCH_WINDOWS
 from gammac.diagnostics import CompileError
+from gammac.formats import candidates_of
 from gammac.ir import Module, to_text
 from gammac.passes.candidates import weights_have_candidates
 from gammac.passes.finetune.deviation_aware import deviation_aware_loss
 from gammac.passes.finetune.student import Learnt, Student
 from gammac.passes.kl_gradient import KlGradient, MeanKl
 from gammac.passes.quantize import weights_have_formats
-from gammac.passes.sensitivity.scores import candidates_of, check_range, rounded
+from gammac.passes.sensitivity.scores import check_range, rounded
 from gammac.pipeline import Context, Invariant, full_options_text
 
 APART: Final = 16  # every so manieth batch of windows is set apart

@@ -27,13 +27,13 @@ from torch import Tensor
 from gammac.cache import key_of
 from gammac.calibration import BATCH_WINDOWS, Segment, Stream
 from gammac.diagnostics import CompileError
-from gammac.formats import Quantized, load_float, parse_format
+from gammac.formats import Quantized, candidates_of, load_chosen, load_float
 from gammac.ir import Module, to_text
 from gammac.ir.interpret import Env, Weights, run_ops
 from gammac.passes.candidates import weights_have_candidates
 from gammac.passes.finetune.latents import Latents, latents_of
 from gammac.passes.quantize import weights_have_formats
-from gammac.passes.sensitivity.scores import candidates_of, check_range, rounded
+from gammac.passes.sensitivity.scores import check_range, rounded
 from gammac.pipeline import Context, Invariant, full_options_text
 
 APART: Final = 8  # every so manieth batch of windows is set apart
@@ -104,9 +104,7 @@ class _Learner:
 
     def codes(self, name: str) -> Quantized:
         """A weight in the format that it was given."""
-        weight = self.module.weights[name]
-        format_ = str(weight.attrs["format"])
-        return Quantized(parse_format(format_), self.ctx.store.get(candidates_of(weight)[format_]))
+        return load_chosen(self.module.weights[name], self.ctx.store)
 
     def allocated(self, name: str) -> Tensor:
         """A weight as the codes have it; in full precision where it has no format."""

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from gammac.calibration import Segment, inputs_of, segments
-from gammac.formats import Quantized, load_float, parse_format
+from gammac.formats import Quantized, load_chosen, load_float
 from gammac.ir import Module, Op, Value, WeightRef
 from gammac.ir.interpret import Env, bind, run_ops
 from gammac.passes.finetune.scales import at_logs, scaled
-from gammac.passes.sensitivity.scores import candidates_of
 from gammac.weights import WeightStore
 
 READ_BY: Final = ("rms_norm", "layer_norm", "linear")  # ops whose vectors, gains and biases, are learnt
@@ -65,9 +64,7 @@ class Student:
 
     def codes(self, name: str) -> Quantized:
         """A weight in the format that it was given."""
-        weight = self.module.weights[name]
-        format_ = str(weight.attrs["format"])
-        return Quantized(parse_format(format_), self.store.get(candidates_of(weight)[format_]))
+        return load_chosen(self.module.weights[name], self.store)
 
     def scaled(self, name: str) -> Quantized:
         """A weight with the scales that were learnt, rounded as they are stored."""

@@ -54,6 +54,16 @@ def make_quantizer(name: str, **options: object) -> Quantizer:
     return kind(**given | options_of(f"quantizer {name}", kind, own))
 
 
+def for_tables(quantizer: Quantizer, formats: Sequence[Format]) -> Quantizer:
+    """What quantizes embedding and head in these formats where `quantizer` does the blocks."""
+    if not {f.kind for f in formats} <= set(quantizer.kinds):
+        return Rtn()
+    if isinstance(quantizer, Quip):
+        # nobody makes tables incoherent, and quip's range would cut off what stands out there
+        return Gptq(act_order=quantizer.act_order, damping=quantizer.damping)
+    return quantizer
+
+
 def output_error(weight: Tensor, quantized: Tensor, gram: Tensor | None) -> float:
     """Relative output error tr(Δ G Δᵀ) / tr(W G Wᵀ); without a Gram matrix |Δ|² / |W|²."""
     delta = quantized - weight
@@ -75,6 +85,7 @@ __all__ = [
     "Quip",
     "Rtn",
     "Tcq",
+    "for_tables",
     "make_quantizer",
     "output_error",
 ]

@@ -19,7 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from gammac.budget import PAYLOAD, TRUE, Budget
-from gammac.formats import Format, parse_format
+from gammac.formats import Format, candidates_of, parse_format
 from gammac.ir import Module, Weight
 from gammac.passes.candidates import weights_have_candidates
 from gammac.passes.sensitivity.amq_decisions import (
@@ -34,7 +34,7 @@ from gammac.passes.sensitivity.amq_decisions import (
 from gammac.passes.sensitivity.amq_search import Floats, Ints, new_ones, propose
 from gammac.passes.sensitivity.greedy_kl import scored_alone
 from gammac.passes.sensitivity.measured import measured_kl
-from gammac.passes.sensitivity.scores import candidates_of, rounded, scoring_tokens, weights_have_scores
+from gammac.passes.sensitivity.scores import rounded, scoring_tokens, weights_have_scores
 from gammac.pipeline import Context, Invariant
 from gammac.progress import Progress, no_progress
 

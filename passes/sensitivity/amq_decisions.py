@@ -6,10 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from gammac.budget import PAYLOAD, TRUE
-from gammac.formats import Format, parse_format
+from gammac.formats import Format, candidates_of, parse_format
 from gammac.ir import Module, Weight
 from gammac.passes.sensitivity.amq_search import Flags, Ints, Space
-from gammac.passes.sensitivity.scores import candidates_of
 from gammac.targets.target import BLOCK
 from gammac.trials import Assignment
 

@@ -18,13 +18,12 @@ from typing import ClassVar
 from torch import Tensor
 
 from gammac.calibration import Stream, backward_segments, run_up_to_last
-from gammac.formats import Format, IntegerFormat, load_float, parse_format
+from gammac.formats import Format, IntegerFormat, candidates_of, load_float, parse_format
 from gammac.ir import Function, Module, Weight
 from gammac.passes.candidates import weights_have_candidates
 from gammac.passes.quantize import stored_as
 from gammac.passes.sensitivity.scores import (
     candidate,
-    candidates_of,
     check_range,
     rounded,
     scoring_tokens,

@@ -21,11 +21,11 @@ from gammac.calibration import (
     backward_segments,
     run_up_to_last,
 )
+from gammac.formats import candidates_of
 from gammac.ir import Module, Op, Weight
 from gammac.passes.candidates import weights_have_candidates
 from gammac.passes.sensitivity.scores import (
     candidate,
-    candidates_of,
     check_range,
     rounded,
     scoring_tokens,

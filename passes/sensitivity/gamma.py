@@ -25,7 +25,7 @@ from torch import Tensor
 from gammac.cache import key_of
 from gammac.calibration import SegmentWeights, Stream
 from gammac.diagnostics import CompileError
-from gammac.formats import parse_format
+from gammac.formats import candidates_of, parse_format
 from gammac.ir import Module, Weight, to_text
 from gammac.ir.interpret import Env, Weights
 from gammac.passes.candidates import weights_have_candidates
@@ -35,7 +35,6 @@ from gammac.passes.sensitivity.gamma_steps import SteppedPreferences
 from gammac.passes.sensitivity.gamma_teacher import Teacher
 from gammac.passes.sensitivity.scores import (
     candidate,
-    candidates_of,
     check_range,
     falling,
     rounded,

@@ -23,10 +23,11 @@ import torch
 
 from gammac.cache import key_of
 from gammac.calibration import BATCH_WINDOWS
+from gammac.formats import candidates_of
 from gammac.ir import Module
 from gammac.passes.kl_gradient import FULL, KlGradient
 from gammac.passes.sensitivity.gamma_preferences import Preferences
-from gammac.passes.sensitivity.scores import candidates_of, scoring_tokens
+from gammac.passes.sensitivity.scores import scoring_tokens
 from gammac.pipeline import Context
 from gammac.progress import no_progress
 

@@ -15,10 +15,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from gammac.formats import candidates_of
 from gammac.ir import Module, Weight
 from gammac.passes.candidates import weights_have_candidates
 from gammac.passes.sensitivity.measured import measured_kl
-from gammac.passes.sensitivity.scores import candidates_of, rounded, scoring_tokens, weights_have_scores
+from gammac.passes.sensitivity.scores import rounded, scoring_tokens, weights_have_scores
 from gammac.pipeline import Context, Invariant
 from gammac.trials import Assignment
 

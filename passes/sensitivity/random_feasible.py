@@ -14,15 +14,10 @@ from typing import ClassVar
 
 import torch
 
+from gammac.formats import candidates_of
 from gammac.ir import Module
 from gammac.passes.candidates import weights_have_candidates
-from gammac.passes.sensitivity.scores import (
-    candidates_of,
-    check_range,
-    grid_noise,
-    rounded,
-    weights_have_scores,
-)
+from gammac.passes.sensitivity.scores import check_range, grid_noise, rounded, weights_have_scores
 from gammac.pipeline import Context, Invariant
 
 

@@ -7,7 +7,7 @@ from typing import Final
 from torch import Tensor
 
 from gammac.diagnostics import CompileError, Diagnostic
-from gammac.formats import Quantized, load_float, parse_format
+from gammac.formats import candidates_of, load_candidate, load_float, parse_format
 from gammac.ir import Module, Weight
 from gammac.pipeline import Context
 
@@ -21,16 +21,9 @@ def weights_have_scores(module: Module) -> Iterator[Diagnostic]:
             yield Diagnostic("has no scores", weight.name, "run a sensitivity pass first, for example fisher")
 
 
-def candidates_of(weight: Weight) -> dict[str, str]:
-    """Format name → digest of the quantized weight."""
-    candidates = weight.attrs["candidates"]
-    assert isinstance(candidates, dict)
-    return {str(name): str(digest) for name, digest in candidates.items()}
-
-
 def candidate(weight: Weight, name: str, ctx: Context) -> Tensor:
     """W_b: what a candidate's codes stand for, f32 [rows, columns]."""
-    return Quantized(parse_format(name), ctx.store.get(candidates_of(weight)[name])).dequantize()
+    return load_candidate(weight, name, ctx.store).dequantize()
 
 
 def squared_errors(weight: Weight, ctx: Context) -> dict[str, float]:

@@ -13,10 +13,10 @@ budget is used up. This is the uniform quantization that papers compare with, ma
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
-from gammac.formats import parse_format
+from gammac.formats import candidates_of, parse_format
 from gammac.ir import Module, Weight
 from gammac.passes.candidates import weights_have_candidates
-from gammac.passes.sensitivity.scores import candidates_of, rounded, weights_have_scores
+from gammac.passes.sensitivity.scores import rounded, weights_have_scores
 from gammac.pipeline import Context, Invariant
 
 # Steeper than the errors of grids, which fall by 4: what is left of a budget, less than one upgrade,

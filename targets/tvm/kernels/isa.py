@@ -3,10 +3,10 @@
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 from gammac.diagnostics import CompileError
+from gammac.processor import host_flags
 from gammac.targets.target import HOST, Target
 
 
@@ -91,13 +91,6 @@ ISAS: Final[Mapping[str, Isa]] = {
 """The best of each machine first."""
 
 _OF_ARCH: Final = {"x86-64-v4": "avx512vnni", "x86-64-v3": "avx2", "x86-64": "generic"}
-
-
-def host_flags() -> frozenset[str]:
-    """What /proc/cpuinfo says that this processor has; empty where there is no such file."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    return frozenset(next((line for line in lines if line.startswith(("flags", "Features"))), "").split())
 
 
 def host_isa() -> Isa:
