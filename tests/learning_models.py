@@ -31,7 +31,7 @@ def allocated_llama(store: WeightStore) -> Module:
 
 
 def kill_at(record: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """From now on the cache raises KeyboardInterrupt at new record number `record`. Their keys, as they come."""
+    """From now on the cache raises KeyboardInterrupt at its new record number `record`; the records' keys."""
     original, keys = PassCache.record, list[str]()
 
     def dying(self: PassCache, key: str, compute: Any) -> dict[str, Any]:
