@@ -128,6 +128,11 @@ def test_the_artifact_keeps_its_promises(artifact: Path) -> None:
     assert found == pytest.approx(expected, rel=0.02)
 
 
+def test_a_peer_that_genai_cannot_run_is_named(gammac: Run, artifact: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime_genai")
+    fails(gammac("bench", artifact, "--vs", tmp_path, "--threads", 1), "holds no genai_config.json")
+
+
 def test_run_generates_text(gammac: Run, artifact: Path) -> None:
     first, again = (
         gammac("run", artifact, "--prompt", "The history of", "--max-new-tokens", 12, "--threads", 1)

@@ -11,7 +11,7 @@ from typing import Any, Final, Protocol
 import numpy as np
 
 from gammac.diagnostics import CompileError
-from gammac.runtime.session import SPINNING, Session, Tokens
+from gammac.runtime.session import GENAI_CONFIG, SPINNING, Session, Tokens
 
 FIRST_TOKEN: Final = 11
 """Prompts are a run of token ids from here: their values don't change the work."""
@@ -74,11 +74,16 @@ class GenaiRunner:
 
     def __init__(self, folder: Path, threads: int, spinning: bool = True) -> None:
         self.genai = import_genai()
+        if not (folder / GENAI_CONFIG).is_file():
+            raise CompileError(
+                f"{folder} holds no {GENAI_CONFIG}: onnxruntime-genai can't run it",
+                hint="give the folder of a decoder that gammac compiled for ONNX, or of genai's own builder",
+            )
         config = self.genai.Config(str(folder))
         options = {"intra_op_num_threads": threads, SPINNING: "1" if spinning else "0"}
         config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
         self.model = self.genai.Model(config)
-        self.vocab_size = int(json.loads((folder / "genai_config.json").read_text())["model"]["vocab_size"])
+        self.vocab_size = int(json.loads((folder / GENAI_CONFIG).read_text())["model"]["vocab_size"])
 
     def _generator(self, length: int) -> Any:
         params = self.genai.GeneratorParams(self.model)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gammac.formats import BINARY_RESIDUAL, BinaryResidualFormat, Format, Quantized
 from gammac.formats.binary_residual import NUMBERS
-from gammac.passes.quantizers.gptq import inverse_factor
+from gammac.passes.quantizers.gptq import Feedback
 from gammac.passes.quantizers.pb_llm import binarize
 
 
@@ -35,8 +35,8 @@ class BiLlm:
     def quantize(self, weight: Tensor, gram: Tensor | None, formats: Sequence[Format]) -> list[Quantized]:
         """See Quantizer. Raises CompileError when the Gram matrix has no usable inverse."""
         assert gram is not None, "billm needs the Gram matrix of the inputs"
-        factor = inverse_factor(gram, self.damping)
-        weight = weight.masked_fill(gram.diagonal() <= 0, 0.0)
+        feedback = Feedback.of(gram, False, self.damping)
+        weight, factor = feedback.alive(weight), feedback.factor
         found = []
         for format_ in formats:
             assert isinstance(format_, BinaryResidualFormat), f"{format_.name} has no second bit"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gammac.formats import DUAL_BINARY, DualBinaryFormat, Format, IntegerFormat, Quantized
 from gammac.formats.dual_binary import in_order, levels_of
-from gammac.passes.quantizers.gptq import inverse_factor
+from gammac.passes.quantizers.gptq import Feedback
 from gammac.passes.quantizers.grid import SMALLEST_SCALE, choose_grid
 from gammac.passes.quantizers.levels import by_group, sweep_to_levels
 
@@ -38,28 +38,25 @@ class DbLlm:
     def quantize(self, weight: Tensor, gram: Tensor | None, formats: Sequence[Format]) -> list[Quantized]:
         """See Quantizer. Raises CompileError when the Gram matrix has no usable inverse."""
         assert gram is not None, "db_llm needs the Gram matrix of the inputs"
-        weight = weight.masked_fill(gram.diagonal() <= 0, 0.0)
-        order = torch.argsort(gram.diagonal(), descending=True, stable=True)
-        order = order if self.act_order else torch.arange(weight.shape[1])
-        factor = inverse_factor(gram[order][:, order], self.damping)
+        feedback = Feedback.of(gram, self.act_order, self.damping)
+        weight = feedback.alive(weight)
         damped = gram + self.damping * gram.diagonal().mean() * torch.eye(len(gram))
         found = []
         for format_ in formats:
             assert isinstance(format_, DualBinaryFormat), f"{format_.name} has no two planes"
-            scales = fit_scales(weight, format_, self.clip, gram.diagonal().clamp(min=0))
-            found.append(self._in_turns(weight, format_, scales, damped, order, factor))
+            scales = fit_scales(weight, format_, self.clip, feedback.importance)
+            found.append(self._in_turns(weight, format_, scales, damped, feedback))
         return found
 
     def _in_turns(
-        self, weight: Tensor, format_: DualBinaryFormat, scales: Tensor, gram: Tensor, order: Tensor,
-        factor: Tensor,
-    ) -> Quantized:  # fmt: skip
+        self, weight: Tensor, format_: DualBinaryFormat, scales: Tensor, gram: Tensor, feedback: Feedback
+    ) -> Quantized:
         """Each row keeps its best round: rows don't depend on what they are stacked with."""
         size = format_.inputs_per_scale(weight.shape[1])
         best_scales, least = scales, torch.full((len(weight),), torch.inf)
         best_codes = torch.zeros(weight.shape, dtype=torch.uint8)
         for _ in range(self.rounds):
-            codes = sweep_to_levels(weight, levels_of(scales), size, order, factor)
+            codes = sweep_to_levels(weight, levels_of(scales), size, feedback.order, feedback.factor)
             scales = refit_scales(weight, format_.quantized(codes, scales), gram)
             delta = format_.quantized(codes, scales).dequantize() - weight
             lost = ((delta @ gram) * delta).sum(1)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gammac.diagnostics import CompileError
 from gammac.formats import PARTLY_BINARY, Format, PartlyBinaryFormat, Quantized
-from gammac.passes.quantizers.gptq import inverse_factor
+from gammac.passes.quantizers.gptq import Feedback
 from gammac.passes.quantizers.grid import SMALLEST_SCALE
 
 SALIENCIES: Final = ("hessian", "magnitude", "random")
@@ -41,8 +41,8 @@ class PbLlm:
     def quantize(self, weight: Tensor, gram: Tensor | None, formats: Sequence[Format]) -> list[Quantized]:
         """See Quantizer. Raises CompileError when the Gram matrix has no usable inverse."""
         assert gram is not None, "pb_llm needs the Gram matrix of the inputs"
-        factor = inverse_factor(gram, self.damping)
-        weight = weight.masked_fill(gram.diagonal() <= 0, 0.0)
+        feedback = Feedback.of(gram, False, self.damping)
+        weight, factor = feedback.alive(weight), feedback.factor
         found = []
         for format_ in formats:
             assert isinstance(format_, PartlyBinaryFormat), f"{format_.name} has no binary part"

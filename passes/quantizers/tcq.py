@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gammac.diagnostics import CompileError
 from gammac.formats import TRELLIS, Format, Quantized, TrellisFormat, code_values, tile_bounds
-from gammac.passes.quantizers.gptq import inverse_factor
+from gammac.passes.quantizers.gptq import Feedback
 from gammac.passes.quantizers.grid import SMALLEST_SCALE
 from gammac.passes.quantizers.viterbi import sweep_strips
 
@@ -46,12 +46,9 @@ class Tcq:
         """See Quantizer. Raises CompileError when the Gram matrix has no usable inverse, or for few rows."""
         assert gram is not None, "tcq needs the Gram matrix of the inputs"
         trellises = on_trellises(formats, len(weight))
-        diagonal = gram.diagonal()
-        order = torch.argsort(diagonal, descending=True, stable=True)
-        order = order if self.act_order else torch.arange(len(diagonal))
-        factor = inverse_factor(gram[order][:, order], self.damping)
-        fed = weight.masked_fill(diagonal <= 0, 0.0)  # an input that never fired carries nothing
-        return [self._coded(_Problem(fed, gram, order, factor, f)) for f in trellises]
+        feedback = Feedback.of(gram, self.act_order, self.damping)
+        fed = feedback.alive(weight)
+        return [self._coded(_Problem(fed, gram, feedback.order, feedback.factor, f)) for f in trellises]
 
     def _coded(self, problem: "_Problem") -> Quantized:
         if self.clip == "none":
