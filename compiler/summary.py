@@ -8,7 +8,7 @@ from typing import Final
 from gammac.calibration import block_index
 from gammac.ir import Module
 from gammac.pipeline import Step
-from gammac.runtime.bench import BenchResult, PairResult
+from gammac.runtime.bench import BenchResult, Timed, ratio
 from gammac.targets.cost import WeightCost, weight_costs
 from gammac.targets.target import Target
 
@@ -83,18 +83,20 @@ def bench_figures(found: BenchResult) -> dict[str, float | int]:
     }
 
 
-def pair_figures(found: PairResult) -> dict[str, float | int]:
-    """An artifact beside a peer: ratios are ours over theirs, so above 1 is faster, larger, longer."""
-    (ours, theirs), (size, peer_size) = found.load, found.size_bytes
-    return {
-        "threads": found.threads,
-        "decode ratio": found.decode_ratio,
-        "decode tokens/s": found.decode[0].median,
-        "peer's": found.decode[1].median,
-        "prefill ratio": found.prefill_ratio,
-        "prefill tokens/s": found.prefill[0].median,
-        "peer's prefill": found.prefill[1].median,
-        "load time ratio": ours.first_token_seconds / theirs.first_token_seconds,
-        "peak memory ratio": ours.peak_rss_bytes / theirs.peak_rss_bytes,
-        "size ratio": size / peer_size,
-    }
+def side_by_side(found: Sequence[Timed]) -> dict[str, dict[str, float]]:
+    """The first beside the others: rates, and ratios of its figures over theirs."""
+    ours, rows = found[0], {}
+    for timed in found:
+        rows[timed.contestant.label] = {
+            "decode tokens/s": timed.decode.median,
+            "decode ratio": ratio(ours.decode, timed.decode),
+            "prefill tokens/s": timed.prefill.median,
+            "prefill ratio": ratio(ours.prefill, timed.prefill),
+            "seconds to the first token": timed.load.first_token_seconds,
+            "first token ratio": ours.load.first_token_seconds / timed.load.first_token_seconds,
+            "peak resident MB": timed.load.peak_rss_bytes / 1e6,
+            "memory ratio": ours.load.peak_rss_bytes / timed.load.peak_rss_bytes,
+            "size MB": timed.size_bytes / 1e6,
+            "size ratio": ours.size_bytes / timed.size_bytes,
+        }
+    return rows

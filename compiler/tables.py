@@ -106,6 +106,17 @@ def figures(title: str, found: Mapping[str, Any]) -> Table:
     return table
 
 
+def side_by_side(title: str, found: Mapping[str, Mapping[str, float]]) -> Table:
+    """A column for each contestant, a row for each figure."""
+    table = Table(title=title)
+    table.add_column("")
+    for label in found:
+        table.add_column(label, justify="right", overflow="fold")
+    for figure in next(iter(found.values())):
+        table.add_row(figure, *(f"{column[figure]:.4g}" for column in found.values()))
+    return table
+
+
 def options(found: Explanation) -> Table:
     """What one weight would be in each format; the chosen one is bold."""
     table = Table(title=found.weight.name)

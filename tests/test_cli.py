@@ -128,9 +128,19 @@ def test_the_artifact_keeps_its_promises(artifact: Path) -> None:
     assert found == pytest.approx(expected, rel=0.02)
 
 
-def test_a_peer_that_genai_cannot_run_is_named(gammac: Run, artifact: Path, tmp_path: Path) -> None:
-    pytest.importorskip("onnxruntime_genai")
-    fails(gammac("bench", artifact, "--vs", tmp_path, "--threads", 1), "holds no genai_config.json")
+def test_bench_beside_peers(gammac: Run, artifact: Path, tmp_path: Path) -> None:
+    fails(gammac("bench", artifact, "--vs", tmp_path, "--threads", 1), "nothing that can be compared with")
+    fails(gammac("bench", artifact, "--vs", "llama.ccp", "--threads", 1), "no peer 'llama.ccp'")
+    twin = tmp_path / "twin"
+    shutil.copytree(artifact, twin)
+    found = json.loads(
+        gammac("bench", artifact, "--vs", twin, "--rounds", 1, "--threads", 1, "--json").stdout
+    )
+    assert list(found) == [artifact.name, str(twin)]
+    assert found[str(twin)]["size ratio"] == 1.0
+    assert found[str(twin)]["decode ratio"] == pytest.approx(
+        found[artifact.name]["decode tokens/s"] / found[str(twin)]["decode tokens/s"]
+    )
 
 
 def test_run_generates_text(gammac: Run, artifact: Path) -> None:

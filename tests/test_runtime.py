@@ -397,5 +397,5 @@ def test_running_needs_no_torch() -> None:
 
 def test_ratios_are_of_rounds() -> None:
     rounds = bench_module.Rounds((2.0, 4.0, 9.0)), bench_module.Rounds((1.0, 4.0, 3.0))
-    assert bench_module._ratio(*rounds) == 2.0 and rounds[0].median == 4.0
+    assert bench_module.ratio(*rounds) == 2.0 and rounds[0].median == 4.0
     assert all(a <= b for a, b in pairwise(rounds[0].values))

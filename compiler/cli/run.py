@@ -70,26 +70,45 @@ def eval_command(
 @click.command("bench")
 @ARTIFACT
 @click.option(
-    "--vs",
-    "peer",
-    type=click.Path(path_type=Path),
-    help="A folder for onnxruntime-genai to be compared with.",
+    "--vs", "peers", help="Runtimes or paths to compare with: llama.cpp:Q4_0,openvino,onnxruntime,…"
 )
+@click.option("--model", help="What a peer's model is built from.  [default: the artifact's, if in the zoo]")
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @THREADS
-def bench_command(artifact: Path, peer: Path | None, rounds: int, as_json: bool, threads: int | None) -> None:
-    """Decode and prefill tokens per second, load time, memory and size; ratios to a peer."""
+def bench_command(
+    artifact: Path, peers: str | None, model: str | None, rounds: int, as_json: bool, threads: int | None
+) -> None:
+    """Decode and prefill tokens per second, load time, memory and size; side by side with peers."""
     from gammac import tables
-    from gammac.runtime.bench import Work, bench, bench_pair
-    from gammac.summary import bench_figures, pair_figures
+    from gammac.runtime.bench import Work, bench
+    from gammac.summary import bench_figures
 
     work = Work(rounds=rounds)
-    if peer is None:
+    found: Any
+    if peers is None:
         found = bench_figures(bench(artifact, threads=threads, work=work))
+        table = tables.figures(str(artifact), found)
     else:
-        found = pair_figures(bench_pair(artifact, peer, threads=threads, work=work))
+        found = _against(artifact, peers, model, threads, work)
+        table = tables.side_by_side(f"{artifact}, ratios over each peer", found)
     if as_json:
         click.echo(json.dumps(found, indent=2))
     else:
-        OUT.print(tables.figures(str(artifact), found))
+        OUT.print(table)
+
+
+def _against(artifact: Path, names: str, model: str | None, threads: int | None, work: Any) -> Any:
+    from gammac.models_zoo.fetch import default_cache
+    from gammac.models_zoo.registry import MODELS
+    from gammac.peers import peers_of
+    from gammac.runtime.artifact import open_artifact
+    from gammac.runtime.bench import bench_together
+    from gammac.runtime.peers import Contestant
+    from gammac.summary import side_by_side
+
+    source = open_artifact(artifact, verify=False).manifest.model
+    known = model or (source if source in MODELS else None)
+    peers = peers_of(names, known, default_cache(), lambda line: click.echo(line, err=True))
+    ours = Contestant(artifact.name, "gammac", artifact)
+    return side_by_side(bench_together([ours, *peers], threads=threads, work=work))

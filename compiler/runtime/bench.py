@@ -19,8 +19,9 @@ from typing import Final
 import numpy as np
 
 from gammac.diagnostics import CompileError
+from gammac.runtime.peers import Contestant
 from gammac.runtime.probe import Load
-from gammac.runtime.runners import GenaiRunner, Runner, SessionRunner
+from gammac.runtime.runners import Runner, SessionRunner
 from gammac.runtime.session import ArtifactSession, default_threads, open_session
 
 STREAM_BYTES: Final = 256 << 20
@@ -70,28 +71,18 @@ class BenchResult:
 
 
 @dataclass(frozen=True)
-class PairResult:
-    """Two contestants in turns. Ratios are ours over theirs, round by round."""
+class Timed:
+    """One contestant of several that were timed in turns; rates in tokens a second."""
 
-    threads: int
-    work: Work
-    decode: tuple[Rounds, Rounds]
-    prefill: tuple[Rounds, Rounds]
-    load: tuple[Load, Load]
-    size_bytes: tuple[int, int]
-
-    @property
-    def decode_ratio(self) -> float:
-        """The median of the rounds' ratios; above 1 we are faster."""
-        return _ratio(*self.decode)
-
-    @property
-    def prefill_ratio(self) -> float:
-        """The median of the rounds' ratios; above 1 we are faster."""
-        return _ratio(*self.prefill)
+    contestant: Contestant
+    decode: Rounds
+    prefill: Rounds
+    load: Load
+    size_bytes: int
 
 
-def _ratio(ours: Rounds, theirs: Rounds) -> float:
+def ratio(ours: Rounds, theirs: Rounds) -> float:
+    """The median of the rounds' ratios; above 1 the first is larger."""
     return median(a / b for a, b in zip(ours.values, theirs.values, strict=True))
 
 
@@ -115,34 +106,28 @@ def bench(
     )
 
 
-def bench_pair(
-    ours: Path,
-    peer: Path,
+def bench_together(
+    contestants: Sequence[Contestant],
     *,
     threads: int | None = None,
     work: Work = Work(),
-    runtime: str = "gammac",
     spinning: bool = True,
-) -> PairResult:
-    """Time an artifact against a folder in onnxruntime-genai, round by round in turns.
+) -> tuple[Timed, ...]:
+    """Time several artifacts and peers, round by round in turns; the labels must differ.
 
-    `runtime` is what runs ours: gammac's session, or genai too. Raises CompileError when one can't be
-    opened or onnxruntime-genai is not installed.
+    Raises CompileError when one can't be opened or its runtime is not installed.
     """
     threads = threads or default_threads()
-    mine: Runner = (
-        GenaiRunner(ours, threads, spinning)
-        if runtime == "genai"
-        else SessionRunner(_decoder(ours, threads, spinning))
-    )
-    rates = _in_turns({"ours": mine, "peer": GenaiRunner(peer, threads, spinning)}, work)
-    return PairResult(
-        threads,
-        work,
-        (rates["ours decode"], rates["peer decode"]),
-        (rates["ours prefill"], rates["peer prefill"]),
-        (load_in_process(ours, threads, runtime), load_in_process(peer, threads, "genai")),
-        (size_of(ours), size_of(peer)),
+    rates = _in_turns({c.label: c.open(threads, spinning) for c in contestants}, work)
+    return tuple(
+        Timed(
+            c,
+            rates[f"{c.label} decode"],
+            rates[f"{c.label} prefill"],
+            load_in_process(c.path, threads, c.runtime),
+            size_of(c.path),
+        )
+        for c in contestants
     )
 
 
@@ -184,10 +169,11 @@ def _seconds(pool: ThreadPoolExecutor, parts: Sequence[np.ndarray]) -> float:
     return time.perf_counter() - started
 
 
-def size_of(folder: Path) -> int:
-    """Bytes of an artifact's files, or of any other folder's."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return sum(path.stat().st_size for path in files)
+def size_of(path: Path) -> int:
+    """Bytes of a folder's files, or of a file and those that share its name (weights beside a graph)."""
+    inner = path.parent.glob(f"{path.stem}.*") if path.is_file() else path.rglob("*")
+    files = [file for file in inner if file.is_file()]
+    return sum(file.stat().st_size for file in files)
 
 
 def load_in_process(folder: Path, threads: int, runtime: str) -> Load:

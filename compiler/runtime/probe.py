@@ -1,6 +1,6 @@
 """One load in a process of its own: seconds to the first token, peak resident memory.
 
-    python -m gammac.runtime.probe FOLDER THREADS gammac|genai RESULT.json
+    python -m gammac.runtime.probe PATH THREADS RUNTIME RESULT.json
 
 The answer goes to a file. Only what running needs is imported, so that the memory is the runtime's.
 """
@@ -12,8 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
-from gammac.runtime.runners import GenaiRunner, Runner, SessionRunner, import_genai
-from gammac.runtime.session import open_session
+from gammac.runtime.peers import IMPORTS, RUNTIMES
 
 PROMPT: Final = 32
 NEW: Final = 8
@@ -42,17 +41,12 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def measure(folder: Path, threads: int, runtime: str) -> Load:
-    """Load, read a prompt, write a few tokens."""
-    if runtime == "genai":
-        import_genai()
+def measure(path: Path, threads: int, runtime: str) -> Load:
+    """Load, read a prompt, write a few tokens; the clock starts behind the import of a peer's package."""
+    if runtime in IMPORTS:
+        IMPORTS[runtime]()
     started = time.perf_counter()
-    runner: Runner
-    if runtime == "genai":
-        runner = GenaiRunner(folder, threads)
-    else:
-        # checksums are for the first load on a machine, and the peer has none
-        runner = SessionRunner(open_session(folder, threads, verify=False))
+    runner = RUNTIMES[runtime](path, threads, True)
     runner.prefill_seconds(PROMPT)
     first_token = time.perf_counter() - started
     runner.decode_seconds(PROMPT, NEW)
