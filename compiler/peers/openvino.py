@@ -1,6 +1,7 @@
 """OpenVINO's own route: torch.export, a stateful cache, NNCF's weight compression."""
 
 import contextlib
+import importlib
 import io
 from pathlib import Path
 from typing import Any, Final
@@ -59,10 +60,7 @@ def build_openvino(source: Source, type_: str, folder: Path) -> None:
 
 
 def _stateful(openvino: Any, model: PreTrainedModel) -> Any:
-    from openvino._offline_transformations import (
-        apply_make_stateful_transformation,
-    )
-
+    transformations = importlib.import_module("openvino._offline_transformations")
     past, new = EXAMPLE
     example = _example(model, past, new)
     auto = torch.export.Dim.AUTO  # type: ignore[attr-defined]
@@ -80,7 +78,7 @@ def _stateful(openvino: Any, model: PreTrainedModel) -> Any:
         shapes[f"past.{i}"] = openvino.PartialShape([1, state.shape[1], -1, state.shape[3]])
     converted.reshape(shapes)
     pairs = {f"past.{i}": f"present.{i}" for i in range(len(example[3]))}
-    apply_make_stateful_transformation(converted, pairs)
+    transformations.apply_make_stateful_transformation(converted, pairs)
     return converted
 
 
