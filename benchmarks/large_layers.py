@@ -3,14 +3,16 @@
     python benchmarks/large_layers.py FOLDER --layers 4
 
 Hidden size 4096, feed-forward 11008, 32 heads; a vocabulary of 4096, so that the head is one more layer and
-the embedding small. Weights are drawn from one seed.
+the embedding small. Weights are drawn from one seed; the tokenizer, of 2048 tokens, is that of `tiny`.
 """
 
 import argparse
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from gammac.models_zoo.fetch import fetch
 
 
 def write(folder: Path, layers: int, seed: int = 0) -> None:
@@ -22,6 +24,7 @@ def write(folder: Path, layers: int, seed: int = 0) -> None:
     )  # fmt: skip
     torch.manual_seed(seed)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(fetch("tiny")).save_pretrained(folder)
 
 
 if __name__ == "__main__":

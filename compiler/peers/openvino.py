@@ -63,7 +63,7 @@ def _stateful(openvino: Any, model: PreTrainedModel) -> Any:
     transformations = importlib.import_module("openvino._offline_transformations")
     past, new = EXAMPLE
     example = _example(model, past, new)
-    auto = torch.export.Dim.AUTO  # type: ignore[attr-defined]
+    auto = torch.export.Dim.AUTO
     dynamic = ({1: auto}, {1: auto}, {1: auto}, [{2: auto} for _ in example[3]])
     exported = torch.export.export(WithCache(model), example, dynamic_shapes=dynamic, strict=False)
     converted = openvino.convert_model(exported)
