@@ -70,9 +70,9 @@ def test_it_writes_what_python_writes(runner: Path, model: Path, threads: int) -
 
 
 def test_it_says_what_is_wrong(runner: Path, model: Path, tmp_path: Path) -> None:
-    assert said(runner, model)[2].startswith("error: no tokens to continue")
+    assert said(runner, model)[2].startswith("error: give either --prompt or token ids")
     assert "is no number" in said(runner, model, "seven")[2]
-    assert "there is no option --prompt" in said(runner, model, "--prompt", "x")[2]
+    assert "there is no option --promt" in said(runner, model, "--promt", "x")[2]
     assert "model.json can't be read" in said(runner, tmp_path, 1)[2]
     assert "the context is full" in said(runner, model, *range(CONTEXT + 1))[2]
     # an id that the table lacks reads no foreign memory

@@ -67,7 +67,7 @@ def _session(folder: Path, manifest: Manifest) -> Session:
 
 def _window(calibration: Calibration | None, vocabulary: int, context: int) -> torch.Tensor:
     if calibration is not None:
-        return calibration.tokens[:1, :TOKENS]
+        return calibration.tokens[:1, : min(TOKENS, context)]
     return torch.arange(min(TOKENS, context))[None] % vocabulary
 
 

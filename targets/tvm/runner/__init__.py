@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sysconfig
+import tempfile
 from importlib import resources
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Final
 
 from gammac.diagnostics import CompileError
 from gammac.targets.tvm.names import INSTALL
+from gammac.targets.tvm.runner.unicode import tables
 
 NAME: Final = "gammac-run"
 LIBRARIES: Final = (("tvm_ffi", "libtvm_ffi.so"), ("tvm", "libtvm_runtime.so"))
@@ -33,9 +35,12 @@ def build_runner(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     libraries = [Path(shutil.copy(packages / package / "lib" / name, folder)) for package, name in LIBRARIES]
     made = folder / NAME
-    with resources.as_file(resources.files("gammac.targets.tvm.runner")) as sources:
+    sources_of = resources.as_file(resources.files("gammac.targets.tvm.runner"))
+    with sources_of as sources, tempfile.TemporaryDirectory() as generated:
+        Path(generated, "unicode.inc").write_text(tables(), encoding="ascii")
         command = [
             compiler, *FLAGS, f'-DGAMMAC_TVM="{tvm}"', f"-I{packages / 'tvm_ffi' / 'include'}",
+            f"-I{generated}",
             *map(str, sorted(sources.glob("*.cc"))), "-o", str(made), *map(str, libraries),
             # only the registrations of the runtime are wanted, and no symbol of it is named
             "-Wl,--no-as-needed", "-Wl,-rpath,$ORIGIN", "-pthread",

@@ -1,22 +1,30 @@
-// gammac-run FOLDER [--new N] [--threads N] [--end ID]... ID...
+// gammac-run FOLDER --prompt TEXT [--new N] [--threads N] [--end ID]...
+// gammac-run FOLDER --tokenize TEXT
+// gammac-run FOLDER ID... [--new N] [--threads N] [--end ID]...
 //
-// Continues a text of token ids with the likeliest tokens, an id a line, without Python.
+// Continues a text with the likeliest tokens, without Python; or token ids, an id a line. --tokenize prints the
+// ids of a text.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <optional>
 #include <set>
+#include <stdexcept>
 #include <thread>
 
 #include "model.h"
+#include "tokenizer.h"
 
 namespace {
 
-constexpr const char* kUsage = "gammac-run FOLDER [--new N] [--threads N] [--end ID]... ID...";
+constexpr const char* kUsage = "gammac-run FOLDER (--prompt TEXT | --tokenize TEXT | ID...) [--new N] [--threads N] [--end ID]...";
 
 struct Wish {
   std::string folder;
+  std::optional<std::string> prompt;
   int64_t count = 128;
   int threads = static_cast<int>(std::thread::hardware_concurrency());
+  bool tokenize = false;
   std::set<int64_t> ends;
   std::vector<int64_t> tokens;
 };
@@ -34,8 +42,11 @@ Wish parse(int argc, char** argv) {
   Wish wish;
   for (int i = 1; i < argc; ++i) {
     const bool option = std::strncmp(argv[i], "--", 2) == 0;
-    if (option && i + 1 == argc) throw gammac::Refusal{std::string(argv[i]) + " wants a number"};
-    if (std::strcmp(argv[i], "--new") == 0) {
+    if (option && i + 1 == argc) throw gammac::Refusal{std::string(argv[i]) + " wants a value"};
+    if (std::strcmp(argv[i], "--prompt") == 0 || std::strcmp(argv[i], "--tokenize") == 0) {
+      wish.tokenize = std::strcmp(argv[i], "--tokenize") == 0;
+      wish.prompt = argv[++i];
+    } else if (std::strcmp(argv[i], "--new") == 0) {
       wish.count = number(argv[++i]);
     } else if (std::strcmp(argv[i], "--threads") == 0) {
       wish.threads = static_cast<int>(number(argv[++i]));
@@ -49,22 +60,37 @@ Wish parse(int argc, char** argv) {
       wish.tokens.push_back(number(argv[i]));
     }
   }
-  if (wish.tokens.empty()) throw gammac::Refusal{std::string("no tokens to continue\n  usage: ") + kUsage};
+  if (wish.tokens.empty() != wish.prompt.has_value()) {
+    throw gammac::Refusal{std::string("give either --prompt or token ids to continue\n  usage: ") + kUsage};
+  }
   wish.threads = wish.threads < 1 ? 1 : wish.threads;
   return wish;
 }
 
-void run(const Wish& wish) {
+void run(Wish wish) {
+  std::optional<gammac::Tokenizer> tokenizer;
+  if (wish.prompt) {
+    tokenizer.emplace(wish.folder);
+    wish.tokens = tokenizer->encode(*wish.prompt);
+    wish.ends.insert(tokenizer->ends().begin(), tokenizer->ends().end());
+    if (wish.tokenize) {
+      for (const int64_t token : wish.tokens) std::printf("%lld\n", static_cast<long long>(token));
+      return;
+    }
+    if (wish.tokens.empty()) throw gammac::Refusal{"the prompt is empty"};
+  }
   gammac::Model model(wish.folder, wish.threads);
-  std::vector<int64_t> tokens = wish.tokens;
-  const int64_t room = model.context() - static_cast<int64_t>(tokens.size());
+  const int64_t room = model.context() - static_cast<int64_t>(wish.tokens.size());
   const int64_t count = room > 0 && room < wish.count ? room : wish.count;
   for (int64_t i = 0; i < count; ++i) {
-    tokens = {model.next(tokens)};
-    if (wish.ends.count(tokens[0]) != 0) return;
-    std::printf("%lld\n", static_cast<long long>(tokens[0]));
+    wish.tokens = {model.next(wish.tokens)};
+    const int64_t token = wish.tokens[0];
+    if (wish.ends.count(token) != 0) break;
+    const std::string& text = tokenizer ? tokenizer->bytes_of(token) : std::to_string(token) + "\n";
+    std::fwrite(text.data(), 1, text.size(), stdout);
     std::fflush(stdout);
   }
+  if (tokenizer) std::printf("\n");
 }
 
 }  // namespace
@@ -75,6 +101,8 @@ int main(int argc, char** argv) {
     return 0;
   } catch (const gammac::Refusal& refusal) {
     std::fprintf(stderr, "error: %s\n", refusal.message.c_str());
+  } catch (const std::out_of_range&) {
+    std::fprintf(stderr, "error: tokenizer.json is damaged: it names a token that it lacks\n");
   } catch (const tvm::ffi::Error& error) {
     std::fprintf(stderr, "error: %s\n", std::string(error.message()).c_str());
   }

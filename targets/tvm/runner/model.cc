@@ -4,7 +4,6 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/utsname.h>
-#include <tvm/ffi/extra/json.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -45,28 +44,6 @@ struct Mapped {
 ffi::Tensor zeros(const std::vector<int64_t>& shape, DLDataType type) {
   return ffi::Tensor::FromNDAlloc(Zeros{}, ffi::ShapeView(shape.data(), shape.size()), type, kCpu);
 }
-
-std::string read_file(const std::string& path) {
-  std::ifstream file(path);
-  if (!file) throw Refusal{path + " can't be read: give the folder that gammac compile wrote"};
-  std::stringstream text;
-  text << file.rdbuf();
-  return text.str();
-}
-
-class Object {
- public:
-  explicit Object(ffi::Any value) : map_(value.cast<ffi::json::Object>()) {}
-  template <typename T>
-  T get(const char* name) const {
-    auto found = map_.find(ffi::String(name));
-    if (found == map_.end()) throw Refusal{std::string("model.json has no ") + name};
-    return (*found).second.template cast<T>();
-  }
-
- private:
-  ffi::json::Object map_;
-};
 
 std::vector<int64_t> sizes_of(const ffi::json::Array& list) {
   std::vector<int64_t> sizes;
@@ -118,11 +95,7 @@ void start_threads(int threads) {
 }  // namespace
 
 Model::Model(const std::string& folder, int threads) {
-  const std::string text = read_file(folder + "/model.json");
-  ffi::String wrong;
-  const ffi::Any parsed = ffi::json::Parse(text, &wrong);
-  if (!wrong.empty()) throw Refusal{"model.json is damaged: " + std::string(wrong)};
-  const Object about(parsed);
+  const Object about = Object::in(folder + "/model.json");
   demand_version(about);
   demand_processor(about);
   start_threads(threads);
@@ -152,7 +125,7 @@ void Model::map_params(const std::string& path, const ffi::Array<ffi::Any>& entr
   close(file);
   if (start == MAP_FAILED) throw Refusal{path + " can't be mapped"};
   for (const ffi::Any& entry : entries) {
-    const Object fields(entry);
+    const Object fields(entry, "a parameter");
     const std::vector<int64_t> shape = sizes_of(fields.get<ffi::json::Array>("shape"));
     const DLDataType type = ffi::StringToDLDataType(fields.get<ffi::String>("dtype"));
     const int64_t offset = fields.get<int64_t>("offset");

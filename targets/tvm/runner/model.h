@@ -8,12 +8,9 @@
 #include <string>
 #include <vector>
 
-namespace gammac {
+#include "json.h"
 
-// A mistake of the user's, or an artifact that does not fit here: the message is all they need.
-struct Refusal {
-  std::string message;
-};
+namespace gammac {
 
 class Model {
  public:
