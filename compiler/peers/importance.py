@@ -12,7 +12,7 @@ from gammac.models_zoo.texts import default_calibration_text
 from gammac.peers.source_model import load_model
 from gammac.texts import token_windows
 
-WINDOWS: Final = 32
+WINDOWS: Final = 8
 LENGTH: Final = 512
 
 
