@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gammac.formats import Quantized, parse_format
+from gammac.formats import IntegerFormat, NormalFloat, Quantized, parse_format
 from gammac.ir import Builder, Function, Module, Operand, Sym, TensorType, Value, Weight, WeightRef
+from gammac.passes.quantizers import make_quantizer
 from gammac.weights import WeightStore
 
 BATCH, SEQ, PAST = map(Sym.named, ("batch", "seq", "past"))
@@ -32,8 +33,11 @@ class Shape:
 
 
 def rtn(weight: Tensor, name: str) -> Quantized:
-    """Min-max rounding."""
+    """Min-max rounding, or to the nearest level of a NormalFloat."""
     format_ = parse_format(name).fit(weight.shape[1])
+    if isinstance(format_, NormalFloat):
+        return make_quantizer("nf").quantize(weight, None, [format_])[0]
+    assert isinstance(format_, IntegerFormat)
     size = format_.inputs_per_scale(weight.shape[1])
     groups = weight.reshape(weight.shape[0], -1, size)
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)

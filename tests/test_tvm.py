@@ -43,6 +43,7 @@ MIXED = {
     "embed": "w8g64", "k_proj": "w3g32-sym", "down": "w2g64", "gate": "w6channel", "o_proj": "w8g16",
     "": "w3g32",
 }  # fmt: skip
+LEVELS = {"embed": "w8g64", "down": "nf3g32", "o_proj": "w4g32", "": "nf4g32"}
 HOST = "cpu-x86"
 
 
@@ -93,10 +94,13 @@ def test_sizes_that_fill_no_vector(shape: Shape, tmp_path: Path) -> None:
     assert max(differences(emitted(module, store, tmp_path), InterpreterSession(module, store))) < EXACT
 
 
+@pytest.mark.parametrize("formats", [MIXED, LEVELS], ids=["integers", "levels"])
 @pytest.mark.parametrize(("activations", "least", "most"), [(FLOAT, 0, EXACT), (INT8, 1e-3, 5 * ROUNDED)])
-def test_formats_mix(activations: str, least: float, most: float, tmp_path: Path) -> None:
+def test_formats_mix(
+    formats: dict[str, str], activations: str, least: float, most: float, tmp_path: Path
+) -> None:
     store = WeightStore()
-    module = legal(quantized(decoder(Shape(bias=True), store), store, MIXED), store)
+    module = legal(quantized(decoder(Shape(bias=True), store), store, formats), store)
     session = emitted(module, store, tmp_path, activations)
     found = differences(session, InterpreterSession(module, store))
     assert least < max(found) < most, found

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gammac.diagnostics import CompileError
-from gammac.formats import IntegerFormat, Quantized, parse_format
+from gammac.formats import IntegerFormat, NormalFloat, Quantized, parse_format, spread
+from gammac.formats.normal_float import normal_levels
 from gammac.targets.target import load_target
 
 tvm = pytest.importorskip("tvm", reason="the extra tvm is not installed")
@@ -21,6 +22,7 @@ from gammac.targets.tvm.kernels import (  # noqa: E402
     Isa,
     Kernel,
     Layout,
+    PackedFormat,
     decode_linear,
     gated_linear,
     isa_of,
@@ -47,6 +49,7 @@ HERE = {
 FORMATS = [
     "w1g32", "w2g16", "w2g128-sym", "w3g64", "w3g96-sym", "w3g16", "w4g64", "w4g32-sym", "w4channel", "w5g64",
     "w5g48", "w6g32", "w6channel-sym", "w7g64", "w7g16-sym", "w8g128", "w8channel-sym", "w3g256", "w2g20",
+    "nf2g64", "nf3g32", "nf4g64", "nf4channel",
 ]  # fmt: skip
 
 
@@ -79,14 +82,16 @@ def call(kernel: Kernel, library: Any, arrays: dict[str, Any], tokens: int) -> d
     return {name: tensor.numpy() for name, tensor in out.items()}
 
 
-def random_weight(format_: IntegerFormat, rows: int, columns: int, seed: int = 0) -> Quantized:
+def random_weight(format_: PackedFormat, rows: int, columns: int, seed: int = 0) -> Quantized:
     rng = np.random.default_rng(seed)
     groups = (rows, format_.groups(columns))
 
     def codes(shape: tuple[int, int]) -> torch.Tensor:
-        return torch.from_numpy(rng.integers(0, format_.levels + 1, shape, dtype=np.uint8))
+        return torch.from_numpy(rng.integers(0, 1 << format_.bits, shape, dtype=np.uint8))
 
     scales = torch.from_numpy((rng.random(groups) * 0.1 + 0.01).astype(np.float16))
+    if isinstance(format_, NormalFloat):
+        return format_.quantized(codes((rows, columns)), {"scales": scales})
     return format_.quantized(codes((rows, columns)), scales, None if format_.symmetric else codes(groups))
 
 
@@ -111,9 +116,21 @@ def inputs(tokens: int, columns: int, seed: int = 1) -> Any:
     return np.random.default_rng(seed).standard_normal((tokens, columns)).astype(np.float32)
 
 
-def error(y: Any, x: Any, weight: Quantized) -> float:
+def meant_by(weight: Quantized, integer: bool) -> Any:
+    """What a kernel multiplies by, f64: with int8 inputs the levels of a codebook are bytes."""
+    if not integer or not isinstance(weight.format, NormalFloat):
+        return weight.dequantize().double().numpy()
+    levels = (normal_levels(weight.format.bits) * 127).round().double() / 127
+    size = weight.format.inputs_per_scale(weight.codes.shape[1])
+    rounded = levels[weight.codes.long()] * spread(weight.scales.double(), size, weight.codes.shape[1])
+    # by at most a 254th of the scale
+    nearest = spread(weight.scales.double(), size, weight.codes.shape[1]) / 254
+    assert bool(((rounded - weight.dequantize().double()).abs() <= nearest * 1.001).all())
+    return rounded.numpy()
+
+
+def error(y: Any, x: Any, w: Any) -> float:
     """The largest |y - x @ w.T| as a share of |x| @ |w|.T, all in f64."""
-    w = weight.dequantize().double().numpy()
     return float((np.abs(y - x @ w.T) / (np.abs(x) @ np.abs(w).T + 1e-30)).max())
 
 
@@ -127,7 +144,7 @@ def check(format_: str, rows: int, columns: int, isa: Isa, integer: bool, tokens
     # one rounding for each product and sum of a chain; with int8 inputs only scales are rounded
     chain = 3 * Layout(weight.format, rows, columns).groups + 3 if integer else columns + 4
     bound = EPSILON / 2 * chain
-    assert error(y, meant.astype(np.float64), weight) < bound
+    assert error(y, meant.astype(np.float64), meant_by(weight, integer)) < bound
 
 
 @pytest.mark.parametrize("format_", FORMATS)
@@ -156,6 +173,19 @@ def test_every_instruction_set_of_this_machine(isa: str, format_: str) -> None:
     check(format_, 20, 64, HERE[isa], True, 5)
 
 
+@pytest.mark.parametrize("isa", [name for name, isa in HERE.items() if isa.machine == HOST.machine])
+def test_levels_are_looked_up(isa: str) -> None:
+    if not runnable(HERE[isa]):
+        pytest.skip(f"this machine has no {isa}")
+    check("nf3g32", 20, 64, HERE[isa], False, 1)
+    if HERE[isa].leaf in ("pmaddwd", "words"):
+        with pytest.raises(CompileError, match="looks no bytes up"):
+            decode_linear(parse_format("nf3g32"), 20, 64, HERE[isa], integer=True)
+        return
+    for tokens in (1, 5):
+        check("nf3g32", 20, 64, HERE[isa], True, tokens)
+
+
 @pytest.mark.parametrize("shape", [(1, 4), (5, 50), (16, 97), (17, 130), (33, 300)])
 @pytest.mark.parametrize("format_", ["w3channel", "w4channel-sym"])
 def test_rows_and_inputs_that_fill_no_vector(format_: str, shape: tuple[int, int]) -> None:
@@ -182,7 +212,7 @@ def test_extreme_codes_and_inputs_do_not_overflow(isa: str) -> None:
             for sign in (1, -1):
                 given_, meant = quantized_inputs(np.full((1, 64), sign, np.float32), Layout(format_, 16, 64))
                 y = call(kernel, library, {**given_, **pack(weight, HERE[isa])}, 1)["y"]
-                assert error(y, meant, weight) < 4 * EPSILON
+                assert error(y, meant, meant_by(weight, True)) < 4 * EPSILON
 
 
 @pytest.mark.parametrize("format_", ["w3g32", "w8g64-sym"])
@@ -354,7 +384,7 @@ def test_weights_of_several_formats_in_one_launch(tokens: int) -> None:
     given_, meant = quantized_inputs(inputs(tokens, 64), Layout(formats[0], 40, 64))
     y = call(kernel, build(kernel, HOST), {**given_, **numbered(weights)}, tokens)["y"]
     for part, weight in zip(np.split(y, np.cumsum(rows)[:-1], 1), weights, strict=True):
-        assert error(part, meant, weight) < 10 * EPSILON
+        assert error(part, meant, meant_by(weight, integer=True)) < 10 * EPSILON
 
 
 def test_weights_that_share_inputs_share_their_groups() -> None:

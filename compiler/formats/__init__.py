@@ -26,7 +26,7 @@ from gammac.formats.binary_residual import BINARY_RESIDUAL, BinaryResidualFormat
 from gammac.formats.dual_binary import DUAL_BINARY, DualBinaryFormat
 from gammac.formats.integer import INTEGER, IntegerFormat
 from gammac.formats.names import parse_format, parse_formats
-from gammac.formats.normal_float import NORMAL_FLOAT, DoubleNormalFloat, NormalFloat
+from gammac.formats.normal_float import DOUBLE_NORMAL_FLOAT, NORMAL_FLOAT, DoubleNormalFloat, NormalFloat
 from gammac.formats.partly_binary import PARTLY_BINARY, PartlyBinaryFormat
 from gammac.formats.stored import (
     candidates_of,
@@ -41,6 +41,7 @@ from gammac.formats.trellis import TRELLIS, TrellisFormat, code_values, tile_bou
 __all__ = [
     "BINARY_RESIDUAL",
     "CHANNEL",
+    "DOUBLE_NORMAL_FLOAT",
     "DUAL_BINARY",
     "FALLBACK_GROUPS",
     "INTEGER",

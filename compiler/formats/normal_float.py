@@ -14,6 +14,7 @@ from torch import Tensor
 from gammac.formats.base import SCALE_BITS, Format, Parts, Quantized, group_name, spread
 
 NORMAL_FLOAT: Final = "normal_float"
+DOUBLE_NORMAL_FLOAT: Final = "double_normal_float"
 DOUBLE_BLOCK: Final = 256  # scales that share a second scale
 DOUBLE_BITS: Final = 8
 F32_BITS: Final = 32
@@ -105,6 +106,7 @@ class DoubleNormalFloat(NormalFloat):
     "Double Quantization": 4.127 bits a weight in groups of 64.
     """
 
+    kind: ClassVar[str] = DOUBLE_NORMAL_FLOAT
     by_rows: ClassVar[bool] = False  # blocks of scales cross the ends of rows
 
     @property

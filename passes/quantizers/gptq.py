@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from gammac.diagnostics import CompileError
-from gammac.formats import INTEGER, NORMAL_FLOAT, Format, IntegerFormat, NormalFloat, Quantized
+from gammac.formats import (
+    DOUBLE_NORMAL_FLOAT,
+    INTEGER,
+    NORMAL_FLOAT,
+    Format,
+    IntegerFormat,
+    NormalFloat,
+    Quantized,
+)
 from gammac.passes.quantizers.grid import Grid, as_quantized, choose_grid, on_grid
 from gammac.passes.quantizers.kernels import sweep_block
 from gammac.passes.quantizers.nf import sweep_normal_float
@@ -28,7 +36,7 @@ class Gptq:
 
     name: ClassVar[str] = "gptq"
     needs_gram: ClassVar[bool] = True
-    kinds: ClassVar[tuple[str, ...]] = (INTEGER, NORMAL_FLOAT)
+    kinds: ClassVar[tuple[str, ...]] = (INTEGER, NORMAL_FLOAT, DOUBLE_NORMAL_FLOAT)
     stacks: ClassVar[bool] = True
     clip: str = "mse"
     act_order: bool = True

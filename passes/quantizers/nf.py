@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gammac.formats import NORMAL_FLOAT, Format, NormalFloat, Quantized, spread
+from gammac.formats import DOUBLE_NORMAL_FLOAT, NORMAL_FLOAT, Format, NormalFloat, Quantized, spread
 from gammac.formats.normal_float import nearest_level, normal_levels
 from gammac.passes.quantizers.grid import SMALLEST_SCALE
 from gammac.passes.quantizers.levels import by_group, sweep_to_levels
@@ -23,7 +23,7 @@ class Nf:
 
     name: ClassVar[str] = "nf"
     needs_gram: ClassVar[bool] = False
-    kinds: ClassVar[tuple[str, ...]] = (NORMAL_FLOAT,)
+    kinds: ClassVar[tuple[str, ...]] = (NORMAL_FLOAT, DOUBLE_NORMAL_FLOAT)
     stacks: ClassVar[bool] = True
 
     def quantize(self, weight: Tensor, gram: Tensor | None, formats: Sequence[Format]) -> list[Quantized]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from gammac.diagnostics import CompileError
-from gammac.formats import IntegerFormat
+from gammac.targets.tvm.kernels.codebook import PackedFormat
 from gammac.targets.tvm.kernels.isa import Isa
 from gammac.targets.tvm.kernels.layout import Layout
 from gammac.targets.tvm.kernels.linear import Job, Sums, over_tiles
@@ -39,7 +39,7 @@ def _part(buffers: Mapping[str, Any], i: int) -> dict[str, Any]:
 
 
 def gated_linear(
-    formats: tuple[IntegerFormat, IntegerFormat],
+    formats: tuple[PackedFormat, PackedFormat],
     rows: int,
     columns: int,
     isa: Isa,
@@ -73,7 +73,7 @@ def gated_linear(
 
 
 def stacked_linear(
-    formats: tuple[IntegerFormat, ...],
+    formats: tuple[PackedFormat, ...],
     rows: tuple[int, ...],
     columns: int,
     isa: Isa,

@@ -15,13 +15,14 @@ Rows and inputs that fill up the last panel and superstep have code 0 and scale 
 from dataclasses import dataclass
 from functools import cached_property
 from math import lcm
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
 
 from gammac.diagnostics import CompileError
-from gammac.formats import IntegerFormat, Quantized
+from gammac.formats import DoubleNormalFloat, Format, NormalFloat, Quantized
+from gammac.targets.tvm.kernels.codebook import MIDDLE, PackedFormat, levels_of
 from gammac.targets.tvm.kernels.isa import Isa
 
 PANEL: Final = 16
@@ -34,6 +35,11 @@ _UNROLLED: Final = 128
 _PLANES: Final = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 
 
+def has_layout(format_: Format) -> TypeGuard[PackedFormat]:
+    """Whether there are kernels for a format."""
+    return isinstance(format_, PackedFormat) and not isinstance(format_, DoubleNormalFloat)
+
+
 def ceil_div(a: int, b: int) -> int:
     """a / b, rounded up."""
     return -(-a // b)
@@ -43,7 +49,7 @@ def ceil_div(a: int, b: int) -> int:
 class Layout:
     """Sizes of a packed weight [rows, columns]."""
 
-    format: IntegerFormat
+    format: PackedFormat
     rows: int
     columns: int
 
@@ -51,6 +57,18 @@ class Layout:
     def planes(self) -> tuple[int, ...]:
         """Bits of each plane, the low bits of a code first."""
         return _PLANES[self.format.bits]
+
+    @cached_property
+    def levels(self) -> tuple[float, ...]:
+        """What codes name, where they are no numbers."""
+        return levels_of(self.format)
+
+    @property
+    def same_zero(self) -> int | None:
+        """The zero point that all groups have; None where each has its own, in `zeros`."""
+        if isinstance(self.format, NormalFloat):
+            return MIDDLE
+        return self.format.midpoint if self.format.symmetric else None
 
     @property
     def superstep(self) -> int:
@@ -115,7 +133,7 @@ class Layout:
         return lcm(self.segment, self.superstep)
 
 
-def activation_group(format_: IntegerFormat, columns: int) -> int:
+def activation_group(format_: PackedFormat, columns: int) -> int:
     """Inputs that share a scale when activations are quantized for a weight. Raises CompileError."""
     return Layout(format_, 1, columns).segment
 
@@ -157,7 +175,7 @@ def pack(quantized: Quantized, isa: Isa) -> dict[str, npt.NDArray[Any]]:
     Raises CompileError for a group size that has no kernel.
     """
     rows, columns = quantized.codes.shape
-    assert isinstance(quantized.format, IntegerFormat), f"{quantized.format.name} has no TVM kernel"
+    assert has_layout(quantized.format), f"{quantized.format.name} has no TVM kernel"
     layout = Layout(quantized.format, rows, columns)
     assert layout.segment  # raises
     packed = {
@@ -169,11 +187,11 @@ def pack(quantized: Quantized, isa: Isa) -> dict[str, npt.NDArray[Any]]:
     return packed
 
 
-def packed_bytes(format_: IntegerFormat, rows: int, columns: int, isa: Isa) -> int:
+def packed_bytes(format_: PackedFormat, rows: int, columns: int, isa: Isa) -> int:
     """Bytes of all that `pack` returns, each buffer rounded up to 64."""
     layout = Layout(format_, rows, columns)
     values = layout.panels * layout.groups * PANEL
     sizes = [layout.panels * layout.panel_bytes, values * np.dtype(isa.scale_dtype).itemsize]
-    if not format_.symmetric:
+    if layout.same_zero is None:
         sizes.append(values)
     return sum(ceil_div(size, ALIGN) * ALIGN for size in sizes)

@@ -67,7 +67,7 @@ class Vnni256(Leaf):
             name = "llvm.x86.avx512.vpdpbusd.256"
             return tirx.call_llvm_pure_intrin("int32x8", name, total, T.reinterpret("int8x32", codes), spread)
 
-        return _split(half, 8, total, codes)
+        return split_vector(half, 8, total, codes)
 
 
 class Maddubs(Leaf):
@@ -133,7 +133,7 @@ class Pmaddwd(Leaf):
                 pairs = T.reinterpret("int16x8", words)
                 return total + tirx.call_llvm_pure_intrin("int32x4", name, pairs, spread)
 
-            total = T.Bind(_split(quarter, 4, total, words))
+            total = T.Bind(split_vector(quarter, 4, total, words))
         return total
 
 
@@ -201,7 +201,7 @@ class Sdot(Leaf):
             name = "llvm.aarch64.neon.sdot.v4i32.v16i8"
             return tirx.call_llvm_pure_intrin("int32x4", name, total, T.reinterpret("int8x16", codes), spread)
 
-        return _split(quarter, 4, total, codes)
+        return split_vector(quarter, 4, total, codes)
 
 
 def _offset(bits: int) -> int:
@@ -228,13 +228,13 @@ def _halves(vector: Expr, lanes: int) -> list[Expr]:
     return [T.vectorlow(kind, vector), T.vectorhigh(kind, vector)]
 
 
-def _split(body: Callable[..., Expr], lanes: int, *operands: Expr, width: int = LANES) -> Expr:
+def split_vector(body: Callable[..., Expr], lanes: int, *operands: Expr, width: int = LANES) -> Expr:
     """`body` on parts of `lanes` lanes of i32 vectors, put together again."""
     if width == lanes:
         return body(*operands)
     operands = tuple(T.Bind(o) for o in operands)
     low, high = zip(*(_halves(o, width // 2) for o in operands), strict=True)
-    parts = [_split(body, lanes, *part, width=width // 2) for part in (low, high)]
+    parts = [split_vector(body, lanes, *part, width=width // 2) for part in (low, high)]
     return T.vectorcombine(f"int32x{width}", *parts)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from gammac.formats import IntegerFormat
+from gammac.targets.tvm.kernels.codebook import PackedFormat
 from gammac.targets.tvm.kernels.isa import Isa
 from gammac.targets.tvm.kernels.layout import PANEL, Layout, ceil_div
 from gammac.targets.tvm.kernels.operands import (
@@ -77,7 +77,7 @@ class Walk:
     def _scaled(self, group: Expr, values: list[Expr]) -> None:
         tokens = len(self.tile.tokens)
         for p, panel in enumerate(self.panels):
-            scale = panel.scale(group)
+            scale = self.tile.scale(panel, group)
             for t in range(tokens):
                 self.total.add(p * tokens + t, values[p * tokens + t] * scale)
 
@@ -123,6 +123,9 @@ class Walk:
 def _chunk(layout: Layout, products: int, integer: bool) -> int:
     """Inputs that are unrolled, where each takes `products` vector products (4 inputs in int8)."""
     wanted = _UNROLLED[integer] * (4 if integer else 1) // products
+    if layout.levels and not integer:
+        # each product chooses among levels first
+        wanted //= len(layout.levels)
     sizes = [n for n in range(layout.superstep, layout.segment + 1, layout.superstep) if n <= wanted]
     return max((n for n in sizes if layout.segment % n == 0), default=layout.superstep)
 
@@ -274,7 +277,7 @@ def _added(bias: bool, residual: bool) -> tuple[str, ...]:
 
 
 def decode_linear(
-    format_: IntegerFormat,
+    format_: PackedFormat,
     rows: int,
     columns: int,
     isa: Isa,
@@ -292,7 +295,7 @@ def decode_linear(
 
 
 def prefill_linear(
-    format_: IntegerFormat,
+    format_: PackedFormat,
     rows: int,
     columns: int,
     isa: Isa,

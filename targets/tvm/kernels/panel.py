@@ -63,8 +63,8 @@ class Panel:
 
     def zero(self, group: Expr) -> Expr | int:
         """i32x16, or the number that all have."""
-        if self.layout.format.symmetric:
-            return self.layout.format.midpoint
+        if self.layout.same_zero is not None:
+            return self.layout.same_zero
         return T.Bind(T.cast(load(self._buffers["zeros"], self.number, group, 0), "int32x16"))
 
 

@@ -7,6 +7,7 @@ int8 inputs a leaf multiplies; its sums start at -zero * sum(inputs), so that th
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+from gammac.targets.tvm.kernels.codebook import LARGEST, as_bytes, as_floats
 from gammac.targets.tvm.kernels.isa import Isa
 from gammac.targets.tvm.kernels.layout import PANEL, STEP, Layout
 from gammac.targets.tvm.kernels.leaves import LEAVES
@@ -68,6 +69,10 @@ class Tile:
         """A group's zeros, as `begin` and `steps` want them."""
         raise NotImplementedError
 
+    def scale(self, panel: Panel, group: Expr) -> Expr:
+        """A group's scales f32x16, of the numbers that `steps` multiplies by."""
+        return panel.scale(group)
+
     def begin(self, zeros: list[Any], segment: Expr) -> None:
         """A new segment."""
         raise NotImplementedError
@@ -107,11 +112,15 @@ class FloatTile(Tile):
             for j in range(min(STEP, end - k)):
                 for p, word in enumerate(words):
                     code = (word >> splat_int(8 * j, PANEL)) & splat_int(255, PANEL)
-                    magic = T.reinterpret("float32x16", code | splat_int(_MAGIC, PANEL))
-                    value = T.Bind(magic - zeros[p])
+                    value = self._value(code, zeros[p])
                     for t, base in enumerate(self._bases):
                         register = (p * len(self._bases) + t) * self._chains + j % self._chains
                         self._state.add(register, value * splat(self._x[base + (k + j)], PANEL))
+
+    def _value(self, code: Expr, zero: Expr) -> Expr:
+        if self.layout.levels:
+            return as_floats(code, self.layout.levels)
+        return T.Bind(T.reinterpret("float32x16", code | splat_int(_MAGIC, PANEL)) - zero)
 
     def sums(self, segment: Expr) -> list[list[Expr]]:
         """The chains of each together."""
@@ -135,7 +144,8 @@ class IntegerTile(Tile):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         count = self.panels * len(self.tokens)
-        self._leaf = LEAVES[self.isa.leaf](self.layout.format.bits, Registers, count)
+        bits = 8 if self.layout.levels else self.layout.format.bits
+        self._leaf = LEAVES[self.isa.leaf](bits, Registers, count)
 
     def zero(self, panel: Panel, group: Expr) -> Any:
         """-zero, i32x16, or the number that all have."""
@@ -143,6 +153,11 @@ class IntegerTile(Tile):
         if isinstance(zero, int):
             return self._leaf.offset - zero
         return T.Bind(splat_int(self._leaf.offset, PANEL) - zero)
+
+    def scale(self, panel: Panel, group: Expr) -> Expr:
+        """Levels are bytes: their scale is a 127th."""
+        scale = panel.scale(group)
+        return T.Bind(scale * splat(1 / LARGEST, PANEL)) if self.layout.levels else scale
 
     def begin(self, zeros: list[Any], segment: Expr) -> None:
         """-zero times the sum of the inputs."""
@@ -157,12 +172,16 @@ class IntegerTile(Tile):
     def steps(self, panels: list[Panel], zeros: list[Any], start: int, end: int) -> None:
         """Four inputs at a time."""
         for k in range(start, end, STEP):
-            words = [panel.codes(k) for panel in panels]
+            words = [self._codes(panel, k) for panel in panels]
             for t, base in enumerate(self._bases):
                 inputs = T.Bind(T.reinterpret("int32", self._x[T.ramp(base + k, 1, STEP)]))
                 for p, word in enumerate(words):
                     self._leaf.step(p * len(self._bases) + t, word, inputs)
         self._leaf.pause()
+
+    def _codes(self, panel: Panel, k: int) -> Expr:
+        codes = panel.codes(k)
+        return as_bytes(codes, self.layout.levels, self.isa.leaf) if self.layout.levels else codes
 
     def sums(self, segment: Expr) -> list[list[Expr]]:
         """Times the scale of the inputs."""

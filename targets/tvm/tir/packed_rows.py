@@ -21,7 +21,7 @@ def packed_rows(rows: int | None, layout: Layout, isa: Isa) -> Any:
             with T.serial(0, layout.groups) as group:
                 place = (entry // PANEL, group, entry % PANEL)
                 scale = T.Bind(T.cast(weight["scales"][place], "float32"))
-                zero: Any = layout.format.midpoint
+                zero: Any = layout.same_zero
                 if "zeros" in weight:
                     zero = T.Bind(T.cast(weight["zeros"][place], "int32"))
                 end = T.min(layout.group, layout.columns - group * layout.group)
