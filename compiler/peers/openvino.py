@@ -72,14 +72,42 @@ def _stateful(openvino: Any, model: PreTrainedModel) -> Any:
         value.get_tensor().set_names({f"past.{i}"})
     for i, value in enumerate(converted.outputs):
         value.get_tensor().set_names({f"present.{i - 1}" if i else "logits"})
-    # without a fixed batch a fresh state would have a batch of 0
-    shapes = {name: openvino.PartialShape([1, -1]) for name in tokens}
+    _reorder_caches(openvino, converted)
+    shapes = {name: openvino.PartialShape([-1, -1]) for name in tokens}
     for i, state in enumerate(example[3]):
-        shapes[f"past.{i}"] = openvino.PartialShape([1, state.shape[1], -1, state.shape[3]])
+        shapes[f"past.{i}"] = openvino.PartialShape([-1, state.shape[1], -1, state.shape[3]])
     converted.reshape(shapes)
     pairs = {f"past.{i}": f"present.{i}" for i in range(len(example[3]))}
     transformations.apply_make_stateful_transformation(converted, pairs)
+    _start_empty(openvino, converted)
     return converted
+
+
+def _reorder_caches(openvino: Any, model: Any) -> None:
+    """Let `beam_idx` choose each cache's rows: OpenVINO fuses attention with its cache only behind that."""
+    ops = importlib.import_module("openvino.opset13")
+    rows = ops.parameter(openvino.PartialShape([-1]), openvino.Type.i32, name="beam_idx")
+    rows.output(0).get_tensor().set_names({"beam_idx"})
+    for value in model.inputs[3:]:
+        readers = value.get_target_inputs()
+        chosen = ops.gather(value, rows, ops.constant(0, openvino.Type.i64))
+        for reader in readers:
+            reader.replace_source_output(chosen.output(0))
+    model.add_parameters([rows])
+
+
+def _start_empty(openvino: Any, model: Any) -> None:
+    """A fresh cache has the tokens' batch and no rows."""
+    ops = importlib.import_module("openvino.opset13")
+    first = ops.constant([0], openvino.Type.i64)
+    batch = ops.gather(ops.shape_of(model.input("input_ids")), first, ops.constant(0, openvino.Type.i64))
+    for state in (op for op in model.get_ops() if op.get_type_name() == "ReadValue"):
+        _, heads, _, size = state.get_output_partial_shape(0)
+        sizes = [[heads.get_length()], [0], [size.get_length()]]
+        shape = ops.concat([batch, *(ops.constant(n, openvino.Type.i64) for n in sizes)], 0)
+        nothing = ops.broadcast(ops.constant(0.0, state.get_output_element_type(0)), shape)
+        state.set_arguments([nothing])
+    model.validate_nodes_and_infer_types()
 
 
 def _example(model: PreTrainedModel, past: int, new: int) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:

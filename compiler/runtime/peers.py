@@ -155,6 +155,7 @@ class OpenVinoRunner(StepRunner):
             "input_ids": tokens[None],
             "attention_mask": np.ones((1, total), np.int64),
             "position_ids": np.arange(self.past, total)[None],
+            "beam_idx": np.zeros(1, np.int32),
         }
         self.past = total
         logits: Logits = self.request.infer(inputs, share_inputs=True, share_outputs=True)["logits"][0, -1]
