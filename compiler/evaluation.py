@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from gammac.diagnostics import CompileError
 from gammac.driver import resolve
+from gammac.frontend.source import Source
 from gammac.progress import Progress
 from gammac.runtime.artifact import is_artifact, open_artifact
 from gammac.runtime.evaluate import compare, compare_outputs, perplexity, window_length, windows_for
 from gammac.runtime.generate import load_tokenizer
+from gammac.runtime.peers import open_predictor
 from gammac.runtime.reference import TransformersSession, load_model
-from gammac.runtime.session import open_session
 from gammac.runtime.tasks import accuracy, read_task
 
 
@@ -18,15 +20,16 @@ def evaluate_artifact(
     limit: int | None, threads: int | None, progress: Progress,
 ) -> dict[str, float | int | str]:  # fmt: skip
     """Figures by name. Raises CompileError for what can't be read or doesn't fit together."""
-    session = open_session(folder, threads)
-    tokenizer = load_tokenizer(folder)
+    session = open_predictor(folder, threads)
+    original = resolve(reference) if reference is not None else None
+    tokenizer = load_tokenizer(_tokenizer_folder(folder, original))
     found: dict[str, float | int | str] = {}
     if is_artifact(folder):
         found["activations"] = open_artifact(folder, verify=False).manifest.activations or "unknown"
     if text is not None:
         tokens = windows_for(text, tokenizer, windows, window_length(session))
-        if reference is not None:
-            other = TransformersSession(load_model(resolve(reference).folder))
+        if original is not None:
+            other = TransformersSession(load_model(original.folder))
             result = (compare_outputs if session.kind == "encoder" else compare)(
                 session, other, tokens, progress
             )
@@ -38,3 +41,12 @@ def evaluate_artifact(
         found[path.stem] = result_.accuracy
         found[f"{path.stem} examples"] = result_.examples
     return found
+
+
+def _tokenizer_folder(path: Path, original: Source | None) -> Path:
+    """An artifact has its own tokenizer; a file of another runtime takes that of the model that it is of."""
+    if path.is_dir() or not path.exists():
+        return path
+    if original is None:
+        raise CompileError(f"{path} has no tokenizer beside it", hint="give --reference MODEL")
+    return original.folder

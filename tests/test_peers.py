@@ -14,13 +14,14 @@ from gammac.diagnostics import CompileError
 from gammac.driver import resolve
 from gammac.models_zoo.fetch import fetch
 from gammac.models_zoo.gguf_llama import read_tensors
-from gammac.peers import RECIPES, peers_of, runtime_of
+from gammac.models_zoo.texts import default_calibration_text
+from gammac.peers import RECIPES, peers_of
 from gammac.peers import openvino as openvino_peer
 from gammac.peers.gguf_model import write_gguf
 from gammac.peers.source_model import load_model, parameters_of
 from gammac.runtime import peers as runtimes
 from gammac.runtime.bench import Work, bench_together, size_of
-from gammac.runtime.peers import Contestant
+from gammac.runtime.peers import Contestant, runtime_of
 from gammac.runtime.runners import StepRunner
 from gammac.runtime.session import Logits, Tokens
 
@@ -157,7 +158,8 @@ def test_a_peer_runs_the_same_model(peer: str, packages: list[str], worst: float
     for _ in range(2):
         runner.reset(64)
         rows = [runner.step(TOKENS[:20]).copy(), runner.step(TOKENS[20:21]).copy()]
-    for row, wanted in zip(rows, expected[19:21], strict=True):
+    rows += list(runner.logits(TOKENS[None, :21])[0, 19:])
+    for row, wanted in zip(rows, [*expected[19:21]] * 2, strict=True):
         found = torch.tensor(row).log_softmax(-1)
         assert float((wanted.exp() * (wanted - found)).sum()) < worst
 
@@ -169,3 +171,18 @@ def test_openvino_types_are_of_its_own_names() -> None:
     assert all(
         mode is None or hasattr(nncf.CompressWeightsMode, mode) for mode in openvino_peer.TYPES.values()
     )
+
+
+def test_a_peer_is_evaluated_with_the_tokenizer_of_its_model(tmp_path: Path) -> None:
+    from gammac.evaluation import evaluate_artifact
+    from gammac.progress import no_progress
+
+    if not installed("llama_cpp"):
+        pytest.skip("llama_cpp not installed (extra: peers)")
+    text = tmp_path / "text.txt"
+    text.write_text(default_calibration_text()[:8000])
+    peer = peers_of("llama.cpp:Q8_0", "tiny", tmp_path)[0].path
+    found = evaluate_artifact(peer, text, 1, "tiny", (), None, 1, no_progress)
+    assert isinstance(found["kl"], float) and 0 < found["kl"] < 1e-3
+    with pytest.raises(CompileError, match="has no tokenizer beside it"):
+        evaluate_artifact(peer, text, 1, None, (), None, 1, no_progress)

@@ -22,10 +22,8 @@ from gammac.frontend.source import Source
 from gammac.peers.genai import build_genai
 from gammac.peers.llama_cpp import build_llama_cpp
 from gammac.peers.openvino import build_openvino
-from gammac.runtime.artifact import is_artifact
 from gammac.runtime.manifest import tool_versions
-from gammac.runtime.peers import GGUF, IMPORTS, OPENVINO, Contestant
-from gammac.runtime.session import GENAI_CONFIG
+from gammac.runtime.peers import GGUF, IMPORTS, OPENVINO, Contestant, runtime_of
 
 
 @dataclass(frozen=True)
@@ -82,22 +80,6 @@ def _missing(runtime: str) -> CompileError | None:
     except CompileError as error:
         return error
     return None
-
-
-def runtime_of(path: Path) -> str:
-    """The runtime that opens a path. Raises CompileError when none does."""
-    if path.suffix == ".gguf":
-        return "llama.cpp"
-    if path.suffix == ".xml":
-        return "openvino"
-    if is_artifact(path):
-        return "gammac"
-    if (path / GENAI_CONFIG).is_file():
-        return "onnxruntime"
-    raise CompileError(
-        f"{path} is nothing that can be compared with",
-        hint=f"a .gguf file, an OpenVINO .xml, a folder with {GENAI_CONFIG}, or an artifact of gammac",
-    )
 
 
 def _built(runtime: str, type_: str, model: str | None, cache: Path) -> Contestant:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gammac.diagnostics import CompileError
 from gammac.progress import Progress, no_progress
-from gammac.runtime.session import Session
+from gammac.runtime.session import Predictor
 from gammac.texts import read_text, token_windows
 
 WINDOW: Final = 1024
@@ -63,12 +63,12 @@ def windows_for(text: Path, tokenizer: Any, windows: int | None, length: int = W
     return token_windows(read_text(text), tokenizer, length, windows)
 
 
-def window_length(session: Session) -> int:
+def window_length(session: Predictor) -> int:
     """1024 tokens, or the context of a model that has less."""
     return min(WINDOW, session.context)
 
 
-def perplexity(session: Session, windows: Tensor, progress: Progress = no_progress) -> Perplexity:
+def perplexity(session: Predictor, windows: Tensor, progress: Progress = no_progress) -> Perplexity:
     """Perplexity over windows i64 [windows, length]. Raises CompileError for a model that is no decoder."""
     _want_decoder(session)
     total = 0.0
@@ -80,7 +80,7 @@ def perplexity(session: Session, windows: Tensor, progress: Progress = no_progre
 
 
 def compare(
-    session: Session, reference: Session, windows: Tensor, progress: Progress = no_progress
+    session: Predictor, reference: Predictor, windows: Tensor, progress: Progress = no_progress
 ) -> Comparison:
     """Both perplexities, KL divergence and agreement of the top token, over windows i64 [windows, length].
 
@@ -103,7 +103,7 @@ def compare(
 
 
 def compare_outputs(
-    session: Session, reference: Session, windows: Tensor, progress: Progress = no_progress
+    session: Predictor, reference: Predictor, windows: Tensor, progress: Progress = no_progress
 ) -> OutputComparison:
     """How far an encoder's outputs are from the reference's, over windows i64 [windows, length].
 
@@ -119,7 +119,7 @@ def compare_outputs(
     return OutputComparison(difference / count, cosine / count, count, *windows.shape)
 
 
-def _output(session: Session, window: Tensor) -> Tensor:
+def _output(session: Predictor, window: Tensor) -> Tensor:
     return torch.from_numpy(session.logits(window[None].numpy()))[0]
 
 
@@ -134,7 +134,7 @@ def _nll(log_p: Tensor, targets: Tensor) -> float:
     return -log_p.gather(1, targets[:, None]).double().sum().item()
 
 
-def _want_decoder(*sessions: Session) -> None:
+def _want_decoder(*sessions: Predictor) -> None:
     if any(session.kind != "decoder" for session in sessions):
         raise CompileError(
             "an encoder predicts no next token, it has no perplexity",
@@ -142,7 +142,7 @@ def _want_decoder(*sessions: Session) -> None:
         )
 
 
-def _want_same_width(session: Session, reference: Session) -> None:
+def _want_same_width(session: Predictor, reference: Predictor) -> None:
     if session.vocab_size != reference.vocab_size:
         raise CompileError(
             f"the model has {session.vocab_size} outputs, the reference {reference.vocab_size}",

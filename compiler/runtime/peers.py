@@ -16,8 +16,18 @@ from typing import Any, Final
 import numpy as np
 
 from gammac.diagnostics import CompileError
+from gammac.runtime.artifact import is_artifact
 from gammac.runtime.runners import Runner, SessionRunner, StepRunner, prompt_of
-from gammac.runtime.session import GENAI_CONFIG, SPINNING, Logits, Tokens, open_session
+from gammac.runtime.session import (
+    GENAI_CONFIG,
+    SPINNING,
+    Logits,
+    Predictor,
+    Tokens,
+    check_room,
+    default_threads,
+    open_session,
+)
 
 EXTRA: Final = "pip install 'gammac[peers]'"
 CONTEXT: Final = 2048
@@ -105,6 +115,9 @@ class GenaiRunner:
 class LlamaCppRunner(StepRunner):
     """A .gguf file in llama.cpp, through the C interface: its Python class copies every logit."""
 
+    kind = "decoder"
+    context = CONTEXT
+
     def __init__(self, path: Path, threads: int, spinning: bool = True) -> None:
         self.llama = import_llama_cpp()
         self.llama.llama_backend_init()
@@ -116,25 +129,49 @@ class LlamaCppRunner(StepRunner):
         params = self.llama.llama_context_default_params()
         params.n_ctx = CONTEXT
         params.n_threads = params.n_threads_batch = threads
-        self.context = self.llama.llama_init_from_model(self.model, params)
+        self._context = self.llama.llama_init_from_model(self.model, params)
         self.vocab_size = int(self.llama.llama_vocab_n_tokens(self.llama.llama_model_get_vocab(self.model)))
 
     def reset(self, capacity: int) -> None:
         """Empty the cache."""
-        self.llama.llama_memory_clear(self.llama.llama_get_memory(self.context), True)
+        self.llama.llama_memory_clear(self.llama.llama_get_memory(self._context), True)
 
     def step(self, tokens: Tokens) -> Logits:
         """Append tokens i64 [n]; logits f32 [vocab] after the last."""
         array = (self.llama.llama_token * len(tokens))(*tokens.tolist())
-        if self.llama.llama_decode(self.context, self.llama.llama_batch_get_one(array, len(tokens))) != 0:
+        if self.llama.llama_decode(self._context, self.llama.llama_batch_get_one(array, len(tokens))) != 0:
             raise CompileError(f"llama.cpp can't take {len(tokens)} tokens")
-        row = self.llama.llama_get_logits_ith(self.context, -1)
+        row = self.llama.llama_get_logits_ith(self._context, -1)
         logits: Logits = np.ctypeslib.as_array(row, shape=(self.vocab_size,))
+        return logits
+
+    def logits(self, tokens: Tokens) -> Logits:
+        """Logits f32 [batch, seq, vocab] of tokens i64 [batch, seq]; the cache is emptied."""
+        return np.stack([self._whole(row) for row in tokens])
+
+    def _whole(self, row: Tokens) -> Logits:
+        check_room(len(row), self.context)
+        self.reset(len(row))
+        batch = self.llama.llama_batch_init(len(row), 0, 1)
+        try:
+            batch.n_tokens = len(row)
+            for i, token in enumerate(row.tolist()):
+                batch.token[i], batch.pos[i], batch.logits[i] = token, i, True
+                batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+            if self.llama.llama_decode(self._context, batch) != 0:
+                raise CompileError(f"llama.cpp can't take {len(row)} tokens")
+        finally:
+            self.llama.llama_batch_free(batch)
+        rows = self.llama.llama_get_logits(self._context)
+        logits: Logits = np.ctypeslib.as_array(rows, shape=(len(row), self.vocab_size)).copy()
         return logits
 
 
 class OpenVinoRunner(StepRunner):
-    """A stateful OpenVINO model: input_ids, attention_mask and position_ids in, logits out."""
+    """A stateful OpenVINO model: tokens, their mask and positions in, logits out."""
+
+    kind = "decoder"
+    context = CONTEXT
 
     def __init__(self, path: Path, threads: int, spinning: bool = True) -> None:
         options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
@@ -148,8 +185,21 @@ class OpenVinoRunner(StepRunner):
         self.request.reset_state()
         self.past = 0
 
+    def logits(self, tokens: Tokens) -> Logits:
+        """Logits f32 [batch, seq, vocab] of tokens i64 [batch, seq]; the cache is emptied."""
+        rows = []
+        for row in tokens:
+            check_room(len(row), self.context)
+            self.reset(len(row))
+            rows.append(self._all(row).copy())
+        return np.stack(rows)
+
     def step(self, tokens: Tokens) -> Logits:
         """Append tokens i64 [n]; logits f32 [vocab] after the last."""
+        last: Logits = self._all(tokens)[-1]
+        return last
+
+    def _all(self, tokens: Tokens) -> Logits:
         total = self.past + len(tokens)
         inputs = {
             "input_ids": tokens[None],
@@ -158,7 +208,7 @@ class OpenVinoRunner(StepRunner):
             "beam_idx": np.zeros(1, np.int32),
         }
         self.past = total
-        logits: Logits = self.request.infer(inputs, share_inputs=True, share_outputs=True)["logits"][0, -1]
+        logits: Logits = self.request.infer(inputs, share_inputs=True, share_outputs=True)["logits"][0]
         return logits
 
 
@@ -196,3 +246,28 @@ class Contestant:
     def open(self, threads: int, spinning: bool = True) -> Runner:
         """Load it. Raises CompileError when it can't be opened or its runtime is not installed."""
         return RUNTIMES[self.runtime](self.path, threads, spinning)
+
+
+def runtime_of(path: Path) -> str:
+    """The runtime that opens a path. Raises CompileError when none does."""
+    if path.suffix == ".gguf":
+        return "llama.cpp"
+    if path.suffix == ".xml":
+        return "openvino"
+    if is_artifact(path):
+        return "gammac"
+    if (path / GENAI_CONFIG).is_file():
+        return "onnxruntime"
+    raise CompileError(
+        f"{path} is nothing that can be compared with",
+        hint=f"a .gguf file, an OpenVINO .xml, a folder with {GENAI_CONFIG}, or an artifact of gammac",
+    )
+
+
+def open_predictor(path: Path, threads: int | None = None) -> Predictor:
+    """What gives the logits of whole sequences: a session on an artifact, or a peer. Raises CompileError."""
+    if path.suffix == ".gguf":
+        return LlamaCppRunner(path, threads or default_threads())
+    if path.suffix == ".xml":
+        return OpenVinoRunner(path, threads or default_threads())
+    return open_session(path, threads)

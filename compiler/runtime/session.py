@@ -35,8 +35,8 @@ GENAI_CONFIG: Final = "genai_config.json"
 TVM: Final = "tvm"
 
 
-class Session(Protocol):
-    """A model that can be run. Raises CompileError for tokens that are more than it takes."""
+class Predictor(Protocol):
+    """A model that looks at whole sequences. Raises CompileError for tokens that are more than it takes."""
 
     @property
     def vocab_size(self) -> int:
@@ -54,8 +54,12 @@ class Session(Protocol):
         ...
 
     def logits(self, tokens: Tokens) -> Logits:
-        """Logits f32 [batch, seq, vocab] of tokens i64 [batch, seq]; the cache is not touched."""
+        """Logits f32 [batch, seq, vocab] of tokens i64 [batch, seq]."""
         ...
+
+
+class Session(Predictor, Protocol):
+    """A model that can be run; `logits` does not touch its cache."""
 
     def prefill(self, tokens: Tokens) -> Logits:
         """Append tokens i64 [seq] to the cache; logits f32 [vocab] after the last of them."""

@@ -21,7 +21,7 @@ import torch
 
 from gammac.diagnostics import CompileError
 from gammac.progress import Progress, no_progress
-from gammac.runtime.session import Session
+from gammac.runtime.session import Predictor
 from gammac.texts import read_text
 
 BATCH_TOKENS: Final = 1024
@@ -96,7 +96,7 @@ def _option(before: str, after: str, weight: int) -> Option:
     return Option(before, joint + after, max(1, weight))
 
 
-def accuracy(session: Session, tokenizer: Any, task: Task, progress: Progress = no_progress) -> Accuracy:
+def accuracy(session: Predictor, tokenizer: Any, task: Task, progress: Progress = no_progress) -> Accuracy:
     """The share of right answers of a decoder."""
     options = [option for example in task.examples for option in example.options]
     scores = iter(log_likelihoods(session, tokenizer, options, progress))
@@ -117,7 +117,7 @@ class _Row:
 
 
 def log_likelihoods(
-    session: Session, tokenizer: Any, options: Sequence[Option], progress: Progress = no_progress
+    session: Predictor, tokenizer: Any, options: Sequence[Option], progress: Progress = no_progress
 ) -> list[float]:
     """log P(after | before) in nats for each option."""
     rows = [_row(tokenizer, index, option, session.context) for index, option in enumerate(options)]
@@ -148,7 +148,7 @@ def _batches(rows: Sequence[_Row]) -> Iterator[list[_Row]]:
     yield batch
 
 
-def _score(session: Session, batch: Sequence[_Row]) -> list[float]:
+def _score(session: Predictor, batch: Sequence[_Row]) -> list[float]:
     tokens = np.zeros((len(batch), len(batch[0].tokens)), np.int64)
     for line, row in zip(tokens, batch, strict=True):
         # padding stands behind, where a causal model never looks
