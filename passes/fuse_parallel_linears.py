@@ -28,13 +28,15 @@ from gammac.weights import WeightStore
 @dataclass(frozen=True)
 class FuseParallelLinears:
     """Join q, k and v, and gate and up, where their weights are stored alike. Without `gates`, linears that
-    meet in one product of elements stay apart, for a backend that has one kernel for the three."""
+    meet in one product of elements stay apart, for a backend that has one kernel for the three; without
+    `partly`, linears are joined with all that read the same value or not at all."""
 
     name: ClassVar[str] = "fuse_parallel_linears"
     reads: ClassVar[tuple[str, ...]] = ()
     requires: ClassVar[tuple[Invariant, ...]] = ()
     ensures: ClassVar[tuple[Invariant, ...]] = ()
     gates: bool = True
+    partly: bool = True
 
     def run(self, module: Module, ctx: Context) -> Module:
         """The module with parallel linears joined and their weights replaced."""
@@ -46,7 +48,10 @@ class FuseParallelLinears:
         self, function: Function, module: Module, store: WeightStore, made: dict[str, Weight]
     ) -> Function:
         apart = set() if self.gates else gates(function)
-        return _joining(function, _parallel(function, module, apart), module, store, made)
+        groups = _parallel(function, module, apart)
+        if not self.partly:
+            groups = [group for group in groups if len(group) == len(_readers(function, group[0], apart))]
+        return _joining(function, groups, module, store, made)
 
 
 def gates(function: Function) -> set[Op]:
@@ -67,6 +72,12 @@ def gates(function: Function) -> set[Op]:
             pair = [linear_behind(operand) for operand in op.operands]
             found.update(one for one in pair if one is not None and None not in pair)
     return found
+
+
+def _readers(function: Function, linear: Op, apart: set[Op]) -> list[Op]:
+    """The linears that read what one reads."""
+    x = linear.operands[0]
+    return [op for op in function.ops if op.name == "linear" and op not in apart and op.operands[0] is x]
 
 
 def _joining(

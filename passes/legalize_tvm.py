@@ -8,8 +8,8 @@
     %6, %7, %8 = gqa %past_key.0, %past_value.0, %qkv, @inv_freq {heads = 9, kv_heads = 3, …}
 
 Attention is raised whatever the size of its heads, for the kernels are made for it; slices stay, for they
-cost nothing. q, k and v are fused where they are stored alike; gate and up stay apart, for one kernel does
-both and what joins them. Of a decoder only `decode` is kept: from it
+cost nothing. q, k and v are fused where all are stored alike, and share a kernel where they are not; gate
+and up stay apart, for one kernel does both and what joins them. Of a decoder only `decode` is kept: from it
 the emitter writes a function for one token and others for many.
 """
 
@@ -41,7 +41,7 @@ class LegalizeTvm:
         """The module with one function, `decode` or, for an encoder, `forward`."""
         most = min(int(str(module.attrs.get("max_positions", MOST_CONTEXT))), MOST_CONTEXT)
         module = within_context(module, self.context or most)
-        return raised(FuseParallelLinears(gates=False).run(_emitted(module), ctx))
+        return raised(FuseParallelLinears(gates=False, partly=False).run(_emitted(module), ctx))
 
 
 def _emitted(module: Module) -> Module:

@@ -107,6 +107,16 @@ def test_formats_mix(
     assert session.activations == activations
 
 
+def test_projections_of_different_formats_share_a_launch(tmp_path: Path) -> None:
+    store = WeightStore()
+    apart = {"embed": "w8g32", "q_proj": "w4g32", "k_proj": "w3g32-sym", "v_proj": "w2g32", "": "w4g32"}
+    module = legal(quantized(decoder(Shape(), store), store, apart), store)
+    session = emitted(module, store, tmp_path, FLOAT)
+    assert max(differences(session, InterpreterSession(module, store))) < EXACT
+    library = (tmp_path / "model.so").read_bytes()
+    assert b"stacked_0" in library and b"stacked_many" in library and b"linear_w2g32" not in library
+
+
 def test_the_mean_rounding_of_int8_is_small(tmp_path: Path) -> None:
     store = WeightStore()
     module = legal(quantized(decoder(Shape(), store), store, {"": "w4g32"}), store)

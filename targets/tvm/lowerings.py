@@ -7,7 +7,7 @@ from typing import Any, Final
 from gammac.ir import Op, Operand, Value, WeightRef
 from gammac.targets.tvm.lowering import Lowering, function_of
 from gammac.targets.tvm.nodes import Lazy, Node, Normed, Part, Tensor, apply, number, one_row, whole
-from gammac.targets.tvm.products import lower_embedding, lower_gated, lower_linear, lower_sum
+from gammac.targets.tvm.products import lower_embedding, lower_gated, lower_linear, lower_sum, stacked
 from gammac.targets.tvm.tir import norms, tables
 from gammac.targets.tvm.tir.attention import Heads, Rows, append, attention
 
@@ -149,7 +149,9 @@ def _gqa(at: Lowering, op: Op) -> Sequence[Node]:
     assert isinstance(key, Value) and isinstance(value, Value)
     caches = [at.f.cache(int(c.name.split(".")[1]) * 2 + i, shape)
               for i, (c, shape) in enumerate(((key, h.key_shape), (value, h.value_shape)))]  # fmt: skip
-    tensors, rows = _sources([at.node(o) for o in rest], h, at)
+    packed = stacked(at, rest)
+    nodes = [at.node(o) for o in rest] if packed is None else [whole(packed)]
+    tensors, rows = _sources(nodes, h, at)
     turn = [] if inv_freq is None else _rotary(at, op, inv_freq, h.rotary // 2)
     args = [at.f.past, *(t.var for t in tensors), *turn]
     width, n = h.heads * h.dim, at.f.rows

@@ -1,11 +1,11 @@
 """Lowering of `linear` and `embedding`: packed codes for quantized weights, panels of floats for others."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from gammac.diagnostics import CompileError
 from gammac.formats import load_float, load_quantized, stored_format
-from gammac.ir import Op, Value, Weight, WeightRef
+from gammac.ir import Op, Operand, Value, Weight, WeightRef
 from gammac.targets.tvm.kernels import (
     Layout,
     PackedFormat,
@@ -16,6 +16,7 @@ from gammac.targets.tvm.kernels import (
     prefill_linear,
     quantize_activations,
     rms_norm_quantize,
+    stacked_linear,
 )  # fmt: skip
 from gammac.targets.tvm.kernels.operands import TOKENS
 from gammac.targets.tvm.lowering import Lowering, function_of
@@ -146,6 +147,29 @@ def _join(at: Lowering, gate: Product, up: Product) -> bool:
     a, b = gate.layout, up.layout
     plain = gate.pending and up.pending and not gate.bias and not up.bias
     return plain and gate.x is up.x and a.rows == b.rows and (not at.integer or a.segment == b.segment)
+
+
+def stacked(at: Lowering, operands: Sequence[Operand]) -> Tensor | None:
+    """Products that nothing else reads, in one kernel and side by side; None for what is otherwise."""
+    nodes = [at.values.get(o) if isinstance(o, Value) and at.alone(o) else None for o in operands]
+    parts = [node for node in nodes if isinstance(node, Product) and node.pending and not node.bias]
+    if len(parts) < len(nodes) or len(parts) < 2:
+        return None
+    first, layouts = parts[0], [part.layout for part in parts]
+    alike = len({layout.segment for layout in layouts}) == 1 or not at.integer
+    if not alike or any(part.x is not first.x for part in parts):
+        return None
+    formats, rows = tuple(layout.format for layout in layouts), tuple(layout.rows for layout in layouts)
+    inputs = _quantized(at, first.x, layouts[0]) if at.integer else [at.f.tensor(first.x).var]
+    weights = [array for part in parts for array in _packed(at, part.weight)]
+    var = at.f.call(
+        f"stacked{'' if first.x.rows == 1 else '_many'}", (first.x.rows, formats, rows, layouts[0].columns),
+        lambda: stacked_linear(
+            formats, rows, layouts[0].columns, at.isa, integer=at.integer, tokens=first.x.rows or TOKENS
+        ).func,
+        [*inputs, *weights], at.f.type_of(first.x.rows, sum(rows)),
+    )  # fmt: skip
+    return Tensor(var, first.x.rows, sum(rows))
 
 
 def _gated(at: Lowering, gate: Product, up: Product, activation: str) -> Tensor:
