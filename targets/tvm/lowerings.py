@@ -150,7 +150,7 @@ def _gqa(at: Lowering, op: Op) -> Sequence[Node]:
     caches = [at.f.cache(int(c.name.split(".")[1]) * 2 + i, shape)
               for i, (c, shape) in enumerate(((key, h.key_shape), (value, h.value_shape)))]  # fmt: skip
     packed = stacked(at, rest)
-    nodes = [at.node(o) for o in rest] if packed is None else [whole(packed)]
+    nodes: list[Node] = [at.node(o) for o in rest] if packed is None else [whole(packed)]
     tensors, rows = _sources(nodes, h, at)
     turn = [] if inv_freq is None else _rotary(at, op, inv_freq, h.rotary // 2)
     args = [at.f.past, *(t.var for t in tensors), *turn]
