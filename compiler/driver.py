@@ -174,8 +174,8 @@ def _refuse_two_four(target: Target, names: Sequence[str]) -> None:
     sparse = [name for name in names if parse_format(name).kind == TWO_FOUR]
     if sparse and target.emitter == "onnx":
         raise CompileError(
-            f"ONNX Runtime has no operator for 2:4 weights, such as {', '.join(sparse)}; expanded, they would "
-            "gain nothing",
+            f"ONNX Runtime has no operator for 2:4 weights, such as {', '.join(sparse)}; expanded, they "
+            "would gain nothing",
             hint="--backend tvm runs the packed form, gammac sweep --target reference measures it; or leave "
             "out --sparsity",
         )

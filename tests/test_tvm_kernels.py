@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gammac.diagnostics import CompileError
-from gammac.formats import IntegerFormat, Quantized, parse_format
+from gammac.formats import Format, IntegerFormat, Quantized, TwoFourFormat, keep_two, parse_format
 from gammac.targets.target import load_target
 
 tvm = pytest.importorskip("tvm", reason="the extra tvm is not installed")
@@ -79,8 +79,13 @@ def call(kernel: Kernel, library: Any, arrays: dict[str, Any], tokens: int) -> d
     return {name: tensor.numpy() for name, tensor in out.items()}
 
 
-def random_weight(format_: IntegerFormat, rows: int, columns: int, seed: int = 0) -> Quantized:
+def random_weight(format_: Format, rows: int, columns: int, seed: int = 0) -> Quantized:
     rng = np.random.default_rng(seed)
+    if isinstance(format_, TwoFourFormat):
+        values = random_weight(format_.grid, rows, columns, seed)
+        mask = keep_two(torch.from_numpy(rng.random((rows, columns))))
+        return format_.quantized(values.codes, mask, values.scales)
+    assert isinstance(format_, IntegerFormat)
     groups = (rows, format_.groups(columns))
 
     def codes(shape: tuple[int, int]) -> torch.Tensor:

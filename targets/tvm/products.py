@@ -4,10 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 from gammac.diagnostics import CompileError
-from gammac.formats import IntegerFormat, load_float, load_quantized, stored_format
+from gammac.formats import TwoFourFormat, load_float, load_quantized, stored_format
 from gammac.ir import Op, Value, Weight, WeightRef
 from gammac.targets.tvm.kernels import (
     Layout,
+    Packable,
     decode_linear,
     gated_linear,
     pack,
@@ -43,9 +44,9 @@ def _layout(weight: Weight) -> Layout | None:
     format_ = stored_format(weight)
     if format_ is None:
         return None
-    if not isinstance(format_, IntegerFormat):
+    if not isinstance(format_, Packable) or (isinstance(format_, TwoFourFormat) and format_.is_float):
         raise CompileError(
-            f"{format_.name} has no TVM kernel", loc=weight.name, hint="integers such as w3g64 have one"
+            f"{format_.name} has no TVM kernel", loc=weight.name, hint="w3g64 and s24w4g64 have one"
         )
     return Layout(format_, *_sizes(weight))
 
@@ -70,7 +71,7 @@ def _packed(at: Lowering, weight: Weight, *, whole: bool = True) -> list[Any]:
 
     layout = _layout(weight)
     assert layout is not None
-    kinds = ("codes", "scales") if layout.format.symmetric else ("codes", "scales", "zeros")
+    kinds = ("codes", "scales") if layout.grid.symmetric else ("codes", "scales", "zeros")
     return [
         at.f.param(f"{weight.name}.{kind}", lambda kind=kind: array(kind), whole=whole)  # type: ignore[misc]
         for kind in kinds
@@ -157,7 +158,7 @@ def _gated(at: Lowering, gate: Product, up: Product, activation: str) -> Tensor:
 
 
 def _call(
-    at: Lowering, kind: str, format_: IntegerFormat, key: tuple[Any, ...], x: Node, layout: Layout,
+    at: Lowering, kind: str, format_: Packable, key: tuple[Any, ...], x: Node, layout: Layout,
     more: list[Any], make: Callable[[], Any],
 ) -> Tensor:  # fmt: skip
     """A kernel of `layout.rows` outputs that reads x, in int8 where products do."""

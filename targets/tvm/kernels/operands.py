@@ -38,7 +38,7 @@ class Kernel:
 def weight_operands(layout: Layout, isa: Isa, suffix: str = "") -> tuple[Operand, ...]:
     """The buffers that `pack` makes. `suffix` tells several weights of one kernel apart."""
     per_group = (layout.panels, layout.groups, PANEL)
-    zeros = () if layout.format.symmetric else (Operand(f"zeros{suffix}", per_group, "uint8"),)
+    zeros = () if layout.grid.symmetric else (Operand(f"zeros{suffix}", per_group, "uint8"),)
     return (
         Operand(f"codes{suffix}", (layout.panels, layout.panel_bytes), "uint8"),
         Operand(f"scales{suffix}", per_group, isa.scale_dtype),

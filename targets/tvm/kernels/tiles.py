@@ -135,7 +135,7 @@ class IntegerTile(Tile):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         count = self.panels * len(self.tokens)
-        self._leaf = LEAVES[self.isa.leaf](self.layout.format.bits, Registers, count)
+        self._leaf = LEAVES[self.isa.leaf](self.layout.grid.bits, Registers, count)
 
     def zero(self, panel: Panel, group: Expr) -> Any:
         """-zero, i32x16, or the number that all have."""

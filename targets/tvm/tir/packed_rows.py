@@ -21,7 +21,7 @@ def packed_rows(rows: int | None, layout: Layout, isa: Isa) -> Any:
             with T.serial(0, layout.groups) as group:
                 place = (entry // PANEL, group, entry % PANEL)
                 scale = T.Bind(T.cast(weight["scales"][place], "float32"))
-                zero: Any = layout.format.midpoint
+                zero: Any = layout.grid.midpoint
                 if "zeros" in weight:
                     zero = T.Bind(T.cast(weight["zeros"][place], "int32"))
                 end = T.min(layout.group, layout.columns - group * layout.group)
@@ -42,6 +42,6 @@ def _code(layout: Layout, codes: Any, entry: Any, column: Any) -> Any:
         byte = T.cast(codes[entry // PANEL, at + step // per_byte * ALIGN], "int32")
         part = (byte >> T.cast(step % per_byte * bits, "int32")) & T.int32((1 << bits) - 1)
         code = code | (part << T.int32(low))
-        at = at + layout.superstep_bytes * bits // layout.format.bits
+        at = at + layout.superstep_bytes * bits // layout.grid.bits
         low += bits
     return code
