@@ -15,7 +15,7 @@ from gammac.budget import SIZE, Budget, parse_budgets
 from gammac.cache import PassCache, key_of
 from gammac.diagnostics import CompileError
 from gammac.files import write_atomically
-from gammac.formats import parse_format, parse_formats
+from gammac.formats import TWO_FOUR, parse_format, parse_formats
 from gammac.frontend.export import Source, capture, load_source
 from gammac.ir import Module, to_text
 from gammac.models_zoo.fetch import default_cache, fetch
@@ -160,6 +160,7 @@ def check_target(target: Target, choices: Choices, *, compiler: bool, artifact: 
     for role, wished in ((BLOCK, choices.block), (TABLE, choices.table)):
         kinds = target.kinds(role, compiler=compiler)
         foreign = [f.name for f in parse_formats(wished) if not {f.kind, ANY} & kinds]
+        _refuse_two_four(target, foreign)
         if foreign:
             raise CompileError(
                 f"{target.name} ({target.emitter}) does not run {', '.join(foreign)} as {role} weights"
@@ -167,6 +168,17 @@ def check_target(target: Target, choices: Choices, *, compiler: bool, artifact: 
                 hint=f"it runs {' and '.join(sorted(kinds))} codes, such as w4g64: gammac targets show "
                 f"{target.name}; gammac sweep --target {REFERENCE} measures any format without an artifact",
             )
+
+
+def _refuse_two_four(target: Target, names: Sequence[str]) -> None:
+    sparse = [name for name in names if parse_format(name).kind == TWO_FOUR]
+    if sparse and target.emitter == "onnx":
+        raise CompileError(
+            f"ONNX Runtime has no operator for 2:4 weights, such as {', '.join(sparse)}; expanded, they "
+            "would gain nothing",
+            hint="--backend tvm runs the packed form, gammac sweep --target reference measures it; or leave "
+            "out --sparsity",
+        )
 
 
 def demand_predictions(plan: Plan, who: str) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from gammac.diagnostics import CompileError
-from gammac.formats import INTEGER, IntegerFormat, parse_formats
+from gammac.formats import INTEGER, TWO_FOUR, IntegerFormat, TwoFourFormat, parse_formats
 from gammac.passes.awq import Awq
 from gammac.passes.finetune import LEARNABLE
 from gammac.passes.incoherence import Incoherence
@@ -22,6 +22,9 @@ REFINED: Final = frozenset({Gamma.name})
 
 # emitters that write fake_quantize, and the interpreter
 RUN_ACTIVATIONS: Final = ("onnx", NO_EMITTER)
+
+AUTO: Final = "auto"
+SPARSITIES: Final = ("2:4", AUTO)
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,25 @@ class Choices:
     distill: bool = False
 
 
+def with_sparsity(formats: str, sparsity: str) -> str:
+    """Formats joined by `+` as `sparsity` has them: 2:4, or auto, which is both dense ones and 2:4.
+
+    Each width of kept values stands for the same width of all. Raises CompileError for formats without a
+    width, and for a sparsity that isn't there.
+    """
+    if sparsity not in SPARSITIES:
+        raise CompileError(f"no sparsity {sparsity!r}", hint=f"there are {' and '.join(SPARSITIES)}")
+    dense = parse_formats(formats)
+    integers = [f for f in dense if isinstance(f, IntegerFormat) and f.bits > 1]
+    if len(integers) < len(dense):
+        raise CompileError(
+            f"--sparsity {sparsity} takes integer formats of 2 bits or more, not {formats.replace('+', ',')}",
+            hint="leave out --formats, or name 2:4 formats there, such as s24w4g64",
+        )
+    names = dict.fromkeys(TwoFourFormat(f.bits, f.group).name for f in integers)
+    return "+".join((*(f.name for f in dense), *names) if sparsity == AUTO else names)
+
+
 def strategy_of(choices: Choices) -> Pass:
     """The strategy with its options. Raises CompileError for an unknown one, or for wrong options."""
     return parse_strategy(choices.strategy.partition("+")[0], STRATEGIES)
@@ -82,6 +104,12 @@ def check_choices(choices: Choices) -> None:
         raise CompileError(
             "gradients are those of the full-precision model: guided needs its inputs",
             hint="leave out --inputs quantized or --guided",
+        )
+    sparse = [f.name for f in parse_formats(choices.block) if f.kind == TWO_FOUR]
+    if sparse and (choices.rotate or choices.incoherence not in (None, "none")):
+        raise CompileError(
+            f"rotated weights lose their zeros and prune worse: not with {', '.join(sparse)}",
+            hint="leave out --rotate and --incoherence, or 2:4 formats",
         )
     _check_kinds(choices)
 

@@ -4,13 +4,14 @@ Seconds of a linear: a measured row if the target has one, else the call's overh
 reading its bytes, decoding its weights (which below 4 bits takes longer than reading them) and multiplying.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from gammac.diagnostics import CompileError
-from gammac.formats import DualBinaryFormat, Format, IntegerFormat, parse_format
+from gammac.formats import DualBinaryFormat, Format, IntegerFormat, TwoFourFormat, parse_format
 from gammac.ir import Function, Module, Op, TensorType, Weight, WeightRef
 from gammac.ir.types import BYTES, evaluate
 from gammac.targets.target import BLOCK, Kernel, Target
@@ -18,6 +19,7 @@ from gammac.targets.target import BLOCK, Kernel, Target
 CONTEXT: Final = 512  # positions in the cache while decoding, and tokens of a prefill
 FLOAT_BYTES: Final = 4  # artifacts keep what is not quantized in f32
 ANY_BITS: Final = "MatMulAnyBits"
+PACKED: Final = "PackedLinear"
 STRIP_ROWS, CHUNK_COLUMNS = 4, 64  # it pads to these
 PANEL_ROWS: Final = 16  # PackedLinear pads rows to this
 # and columns to what fills vectors of each plane that a code is cut into: 3 bits are 2 + 1
@@ -73,13 +75,13 @@ def stored_bytes(rows: int, columns: int, format_: Format, target: Target, role:
     fitted = format_.fit(columns)
     if isinstance(fitted, DualBinaryFormat) and kernel.op == ANY_BITS:
         return 2 * _any_bits_bytes(rows, columns, fitted.plane, fitted.groups(columns), kernel.scale_bytes)
+    if kernel.op == PACKED and isinstance(fitted, IntegerFormat | TwoFourFormat):
+        return _packed_bytes(rows, columns, fitted, kernel.scale_bytes)
     if not isinstance(fitted, IntegerFormat):
         return _ceil(fitted.storage_bits(rows, columns), 8)
     groups = fitted.groups(columns)
     if kernel.op == ANY_BITS:
         return _any_bits_bytes(rows, columns, fitted, groups, kernel.scale_bytes)
-    if kernel.op == "PackedLinear":
-        return _packed_bytes(rows, columns, fitted, kernel.scale_bytes)
     codes = rows * groups * _ceil(fitted.inputs_per_scale(columns) * fitted.bits, 8)
     zeros = 0 if fitted.symmetric else rows * _ceil(groups * fitted.bits, 8)
     return codes + rows * groups * kernel.scale_bytes + zeros
@@ -104,11 +106,17 @@ def _any_bits_bytes(rows: int, columns: int, format_: IntegerFormat, groups: int
     return codes + strips * STRIP_ROWS * groups * scale_bytes + zeros
 
 
-def _packed_bytes(rows: int, columns: int, format_: IntegerFormat, scale_bytes: int) -> int:
-    padded, step = _ceil(rows, PANEL_ROWS) * PANEL_ROWS, SUPERSTEPS[format_.bits]
+def _packed_bytes(rows: int, columns: int, format_: IntegerFormat | TwoFourFormat, scale_bytes: int) -> int:
+    if isinstance(format_, TwoFourFormat):
+        # codes are those of half the inputs, positions those of a quarter of them
+        step = math.lcm(2 * SUPERSTEPS[format_.width], 4 * SUPERSTEPS[format_.index_bits])
+        symmetric = True
+    else:
+        step, symmetric = SUPERSTEPS[format_.bits], format_.symmetric
+    padded = _ceil(rows, PANEL_ROWS) * PANEL_ROWS
     groups = padded * format_.groups(columns)
-    parts = (padded * _ceil(columns, step) * step * format_.bits // 8, groups * scale_bytes)
-    zeros = 0 if format_.symmetric else groups  # a byte each
+    parts = (int(padded * _ceil(columns, step) * step * format_.bits) // 8, groups * scale_bytes)
+    zeros = 0 if symmetric else groups  # a byte each
     return sum(_ceil(part, ALIGNMENT) * ALIGNMENT for part in (*parts, zeros))
 
 

@@ -113,6 +113,8 @@ class Target:
     ) -> Kernel | None:
         """The first row that runs a format (fitted to the row length) fast; None if there is none."""
         fitted = format_.fit(in_features)
+        if not fitted.holds(in_features):
+            return None
         rows = (k for k in self.kernels if k.role == role and k.runs(fitted))
         return next((k for k in rows if compiler or not k.needs_compiler), None)
 

@@ -11,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gammac.diagnostics import CompileError
-from gammac.formats import IntegerFormat, NormalFloat, Quantized, parse_format, spread
+from gammac.formats import (
+    Format,
+    IntegerFormat,
+    NormalFloat,
+    Quantized,
+    TwoFourFormat,
+    keep_two,
+    parse_format,
+    spread,
+)
 from gammac.formats.normal_float import normal_levels
 from gammac.targets.target import load_target
 
@@ -22,7 +31,6 @@ from gammac.targets.tvm.kernels import (  # noqa: E402
     Isa,
     Kernel,
     Layout,
-    PackedFormat,
     decode_linear,
     gated_linear,
     isa_of,
@@ -82,8 +90,13 @@ def call(kernel: Kernel, library: Any, arrays: dict[str, Any], tokens: int) -> d
     return {name: tensor.numpy() for name, tensor in out.items()}
 
 
-def random_weight(format_: PackedFormat, rows: int, columns: int, seed: int = 0) -> Quantized:
+def random_weight(format_: Format, rows: int, columns: int, seed: int = 0) -> Quantized:
     rng = np.random.default_rng(seed)
+    if isinstance(format_, TwoFourFormat):
+        values = random_weight(format_.grid, rows, columns, seed)
+        mask = keep_two(torch.from_numpy(rng.random((rows, columns))))
+        return format_.quantized(values.codes, mask, values.scales)
+    assert isinstance(format_, IntegerFormat | NormalFloat)
     groups = (rows, format_.groups(columns))
 
     def codes(shape: tuple[int, int]) -> torch.Tensor:

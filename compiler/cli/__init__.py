@@ -5,13 +5,14 @@ from gammac.cli.console import main
 from gammac.cli.ir import diff, inspect, opt, passes_command
 from gammac.cli.lists import targets_group, zoo
 from gammac.cli.run import bench_command, eval_command, run
+from gammac.cli.sparsify import sparsify_command
 from gammac.cli.study import study_command
 from gammac.cli.sweep import sweep_command
 
 # in the order of a user's work
 for _command in (
-    compile_command, run, eval_command, bench_command, sweep_command, study_command, inspect, diff, opt,
-    passes_command, targets_group, zoo,
+    compile_command, run, eval_command, bench_command, sweep_command, study_command,
+    sparsify_command, inspect, diff, opt, passes_command, targets_group, zoo,
 ):  # fmt: skip
     main.add_command(_command)
 

@@ -47,6 +47,18 @@ OPTIONS: Final = (
         show_default=True,
         help="gptq: columns by decreasing activation.",
     ),
+    click.option(
+        "--sparsity",
+        type=click.Choice(["2:4", "auto"]),
+        help="2:4: of every four inputs of a block linear two weights stay; auto: dense and 2:4 formats "
+        "compete.",
+    ),
+    click.option(
+        "--mask",
+        type=click.Choice(["sparsegpt", "wanda", "magnitude"]),
+        help="Which two stay (default: sparsegpt). Weights that are 2:4 already, as gammac sparsify leaves "
+        "them, keep their zeros.",
+    ),
     click.option("--damping", default=0.01, show_default=True, help="gptq: share of the mean diagonal."),
     click.option(
         "--guided/--no-guided",
@@ -118,6 +130,7 @@ def request_of(options: Mapping[str, Any], budget: str, seed: int, **chosen: Any
     """What a user asks for; `chosen` are fields of Choices that only one command lets choose."""
     from gammac.driver import Request
     from gammac.passes import Choices
+    from gammac.passes.choices import with_sparsity
     from gammac.passes.quantize_activations import parse_activations
 
     group = options["group_size"] if options["group_size"] == "channel" else f"g{options['group_size']}"
@@ -125,12 +138,14 @@ def request_of(options: Mapping[str, Any], budget: str, seed: int, **chosen: Any
     every = ",".join(f"w{bits}{group}{suffix}" for bits in (2, 3, 4, 8))
     activations = chosen.get("activations")
     block = options["formats"] or (parse_activations(activations).weights if activations else every)
+    if options["sparsity"]:
+        block = with_sparsity("+".join(block.split(",")), options["sparsity"])
     same = ("quantizer", "clip", "act_order", "damping", "tie", "refine", "rotate", "guided", "awq_scales",
             "incoherence")  # fmt: skip
     choices = Choices(
         "+".join(block.split(",")),
         "+".join(options["table_formats"].split(",")),
-        **{k: options[k] for k in same},
+        **{k: options[k] for k in same} | _masked(options, block),
         **chosen,
     )
     chosen_too = {k: options[k] or empty for k, empty in OPTIONAL.items() if k in options}
@@ -139,3 +154,14 @@ def request_of(options: Mapping[str, Any], budget: str, seed: int, **chosen: Any
     return Request(
         budget=budget, seed=seed, choices=choices, **chosen_too, **{k: options[k] for k in taken}
     )  # fmt: skip
+
+
+def _masked(options: Mapping[str, Any], block: str) -> dict[str, str]:
+    """The quantizer with the mask that the user chose. Raises CompileError where nothing is masked."""
+    from gammac.diagnostics import CompileError
+
+    if not options["mask"]:
+        return {}
+    if "s24" not in block:
+        raise CompileError("--mask says which weights stay in 2:4 formats", hint="--sparsity 2:4 or auto")
+    return {"quantizer": f"{options['quantizer']}:mask={options['mask']}"}

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # what every row says itself, and what stands in its place
 DECIDED: Final = {
     "formats": None, "group_size": "64", "symmetric": False, "quantizer": "gptq", "tie": None, "refine": None,
+    "sparsity": None, "mask": None,
 }  # fmt: skip
 LIST: Final = "Comma-separated; all if not given."
 

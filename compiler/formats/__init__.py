@@ -9,6 +9,9 @@
     pb1.7g128      a tenth of the weights in 8 bits, the others binary; a bitmap says which
     bi1.1g128      binary with a second bit: a residual's sign in salient columns, elsewhere one of two scales
     tcq2           2 bits a weight, read through a trellis of 2¹² states; one f16 scale a row
+    s24w4g64       two of each four inputs of a row in 4 bits, the others zero; 3 bits say which two are kept
+    s24w4g64-hw    the same with 4 bits for their positions, as the hardware has them
+    s24f16         two of each four as f16 numbers
 
 `dequantize` and the count of stored bits stand here and nowhere else.
 """
@@ -37,6 +40,14 @@ from gammac.formats.stored import (
     stored_format,
 )
 from gammac.formats.trellis import TRELLIS, TrellisFormat, code_values, tile_bounds
+from gammac.formats.two_four import (
+    TWO_FOUR,
+    TwoFourFormat,
+    is_two_four,
+    keep_two,
+    mask_of,
+    patterns_of,
+)
 
 __all__ = [
     "BINARY_RESIDUAL",
@@ -49,6 +60,7 @@ __all__ = [
     "PARTLY_BINARY",
     "SCALE_BITS",
     "TRELLIS",
+    "TWO_FOUR",
     "BinaryResidualFormat",
     "DoubleNormalFloat",
     "DualBinaryFormat",
@@ -58,15 +70,20 @@ __all__ = [
     "PartlyBinaryFormat",
     "Quantized",
     "TrellisFormat",
+    "TwoFourFormat",
     "candidates_of",
     "code_values",
     "concat_rows",
+    "is_two_four",
+    "keep_two",
     "load_candidate",
     "load_chosen",
     "load_float",
     "load_quantized",
+    "mask_of",
     "parse_format",
     "parse_formats",
+    "patterns_of",
     "spread",
     "stored_format",
     "tile_bounds",

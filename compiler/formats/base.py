@@ -47,6 +47,14 @@ class Format(ABC):
         """The group size in inputs, for a weight with `in_features` columns."""
         return self.group or in_features
 
+    def holds(self, in_features: int) -> bool:
+        """Whether rows of this length can be stored at all."""
+        return True
+
+    def check(self, parts: Parts) -> None:
+        """Raises CompileError for parts that stand for nothing in this format."""
+        return
+
     def groups(self, in_features: int) -> int:
         """Scales in a row."""
         return -(-in_features // self.inputs_per_scale(in_features))

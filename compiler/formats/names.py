@@ -12,6 +12,7 @@ from gammac.formats.integer import IntegerFormat
 from gammac.formats.normal_float import DoubleNormalFloat, NormalFloat
 from gammac.formats.partly_binary import PartlyBinaryFormat
 from gammac.formats.trellis import STATE_BITS, TrellisFormat
+from gammac.formats.two_four import FLOAT_WIDTH, TwoFourFormat
 
 # pattern → format; what `(?P<group>…)` matched is read as a group size
 GROUP: Final = r"(?:g(?P<group>\d+)|channel)"
@@ -27,11 +28,16 @@ SPELLINGS: Final[Sequence[tuple[str, Callable[[Found, int], Format]]]] = (
         r"tcq([1-4])(?:g(?P<group>\d+))?(?:-l([89]|1[0-6]))?",
         lambda m, group: TrellisFormat(int(m[1]), group, int(m[3] or STATE_BITS)),
     ),
+    (rf"s24w([2-8]){GROUP}(-hw)?", lambda m, group: TwoFourFormat(int(m[1]), group, bool(m[3]))),
+    (
+        r"s24f16(?P<group>)(-hw)?",
+        lambda m, group: TwoFourFormat(FLOAT_WIDTH, group, bool(m[2])),
+    ),
 )
 EXAMPLES: Final = (
     "w4g64, w3g128-sym or w8channel (bits 1 to 8); "
     "or nf4g64 or nf4g64-dq (bits 2 to 4), fdb2g64, pb1.7g128, bi1.1g128, "
-    "tcq2 or tcq3-l10 (bits 1 to 4)"
+    "tcq2 or tcq3-l10 (bits 1 to 4), s24w4g64, s24f16"
 )
 
 

@@ -15,10 +15,12 @@ def stored_format(weight: Weight) -> Format | None:
 
 
 def load_quantized(weight: Weight, store: WeightStore) -> Quantized:
-    """The codes of a quantized weight."""
+    """The codes of a quantized weight. Raises CompileError for codes that its format does not have."""
     format_ = stored_format(weight)
     assert format_ is not None, f"{weight.name} is not quantized"
-    return Quantized(format_, store.get(weight.digest))
+    parts = store.get(weight.digest)
+    format_.check(parts)
+    return Quantized(format_, parts)
 
 
 def candidates_of(weight: Weight) -> dict[str, str]:

@@ -18,34 +18,59 @@ from gammac.formats import (
     DOUBLE_NORMAL_FLOAT,
     INTEGER,
     NORMAL_FLOAT,
+    TWO_FOUR,
     Format,
     IntegerFormat,
     NormalFloat,
     Quantized,
+    TwoFourFormat,
 )
 from gammac.passes.quantizers.grid import Grid, as_quantized, choose_grid, on_grid
 from gammac.passes.quantizers.kernels import sweep_block
 from gammac.passes.quantizers.nf import sweep_normal_float
+from gammac.passes.quantizers.two_four import TwoFourSweep, order_of_fours
+from gammac.passes.sparsifiers import make_sparsifier
 
 DAMPING_TRIES: Final = 5
 
 
 @dataclass(frozen=True)
 class Gptq:
-    """`damping` is a share of the mean diagonal; `block` columns are swept before the rest is updated."""
+    """`damping` is a share of the mean diagonal; `block` columns are swept before the rest is updated;
+    `mask`: the sparsifier that says what is kept in 2:4 formats."""
 
     name: ClassVar[str] = "gptq"
     needs_gram: ClassVar[bool] = True
-    kinds: ClassVar[tuple[str, ...]] = (INTEGER, NORMAL_FLOAT, DOUBLE_NORMAL_FLOAT)
+    kinds: ClassVar[tuple[str, ...]] = (INTEGER, NORMAL_FLOAT, DOUBLE_NORMAL_FLOAT, TWO_FOUR)
     stacks: ClassVar[bool] = True
     clip: str = "mse"
     act_order: bool = True
     damping: float = 0.01
     block: int = 128
+    mask: str = "sparsegpt"
+
+    def __post_init__(self) -> None:
+        """Raises CompileError for a mask that isn't there."""
+        make_sparsifier(self.mask)
 
     def quantize(self, weight: Tensor, gram: Tensor | None, formats: Sequence[Format]) -> list[Quantized]:
         """See Quantizer. Raises CompileError when the Gram matrix has no usable inverse."""
         assert gram is not None, "gptq needs the Gram matrix of the inputs"
+        sparse = [f for f in formats if isinstance(f, TwoFourFormat)]
+        made = dict(zip(sparse, self._two_four(weight, gram, sparse), strict=True)) if sparse else {}
+        dense = [f for f in formats if f not in made]
+        made.update(zip(dense, self._dense(weight, gram, dense), strict=True) if dense else ())
+        return [made[f] for f in formats]
+
+    def _two_four(self, weight: Tensor, gram: Tensor, formats: Sequence[TwoFourFormat]) -> list[Quantized]:
+        diagonal = gram.diagonal().clamp(min=0)
+        order = order_of_fours(diagonal) if self.act_order else torch.arange(len(gram))
+        weight = weight.masked_fill(diagonal <= 0, 0.0)
+        factor = inverse_factor(gram[order][:, order], self.damping)
+        sweep = TwoFourSweep(weight, make_sparsifier(self.mask), diagonal, order, factor)
+        return [sweep.quantized(f, self.clip) for f in formats]
+
+    def _dense(self, weight: Tensor, gram: Tensor, formats: Sequence[Format]) -> list[Quantized]:
         feedback = Feedback.of(gram, self.act_order, self.damping, self.block)
         weight = feedback.alive(weight)
         found = []

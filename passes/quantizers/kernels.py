@@ -13,6 +13,7 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
+Booleans = npt.NDArray[np.bool_]
 
 # sums may be reordered (they vectorize); nothing here depends on NaN or on signed zeros
 _FAST: Final = {"reassoc", "contract", "nsz", "arcp"}
@@ -116,6 +117,41 @@ def sweep_levels(
                     nearest, least = n, distance
             error = (left[r, i] - offered[nearest]) / factor[i, i]
             codes[r, i] = nearest
+            errors[r, i - start] = error
+            for j in range(i + 1, end):
+                left[r, j] -= error * factor[i, j]
+
+
+@_compiled
+def sweep_fours(
+    left: Floats, became: Floats, keep: Booleans, errors: Floats, factor: Floats, importance: Floats,
+    scales: Floats, groups: Integers, levels: int, choose: Booleans, start: int, end: int,
+) -> None:  # fmt: skip
+    """`sweep_block` for weights of which two of each four columns are kept; start and end are multiples of 4.
+
+    left [rows, columns] is changed in place, became [rows, columns] is what weights become. Where choose
+    [rows], keep [rows, columns] is filled: of each four the two largest |left| · importance [columns], of
+    equals the first. Codes are symmetric, from -(levels + 1) / 2 on; with levels 0 nothing is rounded.
+    """
+    half = (levels + 1) // 2
+    for r in numba.prange(left.shape[0]):
+        for i in range(start, end):
+            if choose[r] and i % 4 == 0:
+                for j in range(i, i + 4):
+                    score, above = abs(left[r, j]) * importance[j], 0
+                    for k in range(i, i + 4):
+                        other = abs(left[r, k]) * importance[k]
+                        above += other > score or (other == score and k < j)
+                    keep[r, j] = above < 2
+            value = np.float32(0.0)
+            if keep[r, i]:
+                value = left[r, i]
+                if levels > 0:
+                    scale = scales[r, groups[i]]
+                    code = min(max(np.rint(value / scale), np.float32(-half)), np.float32(half - 1))
+                    value = code * scale
+            became[r, i] = value
+            error = (left[r, i] - value) / factor[i, i]
             errors[r, i - start] = error
             for j in range(i + 1, end):
                 left[r, j] -= error * factor[i, j]

@@ -8,7 +8,7 @@ from gammac.formats import load_float, load_quantized, stored_format
 from gammac.ir import Op, Operand, Value, Weight, WeightRef
 from gammac.targets.tvm.kernels import (
     Layout,
-    PackedFormat,
+    Packable,
     decode_linear,
     gated_linear,
     has_layout,
@@ -50,7 +50,7 @@ def _layout(weight: Weight) -> Layout | None:
         raise CompileError(
             f"{format_.name} has no TVM kernel",
             loc=weight.name,
-            hint="w3g64 and nf4g64 have one",
+            hint="w3g64, nf4g64 and s24w4g64 have one",
         )
     return Layout(format_, *_sizes(weight))
 
@@ -185,7 +185,7 @@ def _gated(at: Lowering, gate: Product, up: Product, activation: str) -> Tensor:
 
 
 def _call(
-    at: Lowering, kind: str, format_: PackedFormat, key: tuple[Any, ...], x: Node, layout: Layout,
+    at: Lowering, kind: str, format_: Packable, key: tuple[Any, ...], x: Node, layout: Layout,
     more: list[Any], make: Callable[[], Any],
 ) -> Tensor:  # fmt: skip
     """A kernel of `layout.rows` outputs that reads x, in int8 where products do."""

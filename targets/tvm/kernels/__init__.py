@@ -1,10 +1,16 @@
 """Linear layers with packed weights of 1 to 8 bits, generated in TIR from a format."""
 
 from gammac.targets.tvm.kernels.activations import quantize_activations, rms_norm_quantize
-from gammac.targets.tvm.kernels.codebook import PackedFormat
 from gammac.targets.tvm.kernels.fused import gated_linear, stacked_linear
 from gammac.targets.tvm.kernels.isa import ISAS, Isa, isa_of
-from gammac.targets.tvm.kernels.layout import Layout, activation_group, has_layout, pack, packed_bytes
+from gammac.targets.tvm.kernels.layout import (
+    Layout,
+    Packable,
+    activation_group,
+    has_layout,
+    pack,
+    packed_bytes,
+)
 from gammac.targets.tvm.kernels.linear import decode_linear, prefill_linear
 from gammac.targets.tvm.kernels.lowering import lowering
 from gammac.targets.tvm.kernels.operands import Kernel, Operand
@@ -15,7 +21,7 @@ __all__ = [
     "Kernel",
     "Layout",
     "Operand",
-    "PackedFormat",
+    "Packable",
     "activation_group",
     "decode_linear",
     "gated_linear",

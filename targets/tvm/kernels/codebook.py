@@ -9,14 +9,13 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from gammac.diagnostics import CompileError
-from gammac.formats import IntegerFormat, NormalFloat
+from gammac.formats import Format, NormalFloat
 from gammac.formats.normal_float import normal_levels
 from gammac.targets.tvm.kernels.leaves import split_vector
 from gammac.targets.tvm.tir.vectors import LANES, T, splat_int, tirx
 
 Expr = Any
 
-PackedFormat = IntegerFormat | NormalFloat
 LARGEST: Final = 127
 MIDDLE: Final = 128
 _ENTRIES: Final = 16  # of a table in one instruction
@@ -29,7 +28,7 @@ _SHUFFLES: Final = {
 }
 
 
-def levels_of(format_: PackedFormat) -> tuple[float, ...]:
+def levels_of(format_: Format) -> tuple[float, ...]:
     """The levels that codes name, ascending; none for formats whose codes are numbers."""
     return tuple(normal_levels(format_.bits).tolist()) if isinstance(format_, NormalFloat) else ()
 

@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from gammac.diagnostics import CompileError
-from gammac.targets.tvm.kernels.codebook import PackedFormat
 from gammac.targets.tvm.kernels.isa import Isa
-from gammac.targets.tvm.kernels.layout import Layout
+from gammac.targets.tvm.kernels.layout import Layout, Packable
 from gammac.targets.tvm.kernels.linear import Job, Sums, over_tiles
 from gammac.targets.tvm.kernels.operands import Kernel, Operand, activation_operands, declare, weight_operands
 from gammac.targets.tvm.tir import vectors
@@ -39,7 +38,7 @@ def _part(buffers: Mapping[str, Any], i: int) -> dict[str, Any]:
 
 
 def gated_linear(
-    formats: tuple[PackedFormat, PackedFormat],
+    formats: tuple[Packable, Packable],
     rows: int,
     columns: int,
     isa: Isa,
@@ -73,7 +72,7 @@ def gated_linear(
 
 
 def stacked_linear(
-    formats: tuple[PackedFormat, ...],
+    formats: tuple[Packable, ...],
     rows: tuple[int, ...],
     columns: int,
     isa: Isa,

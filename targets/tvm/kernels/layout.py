@@ -10,6 +10,10 @@ The steps that fill whole vectors of every plane are a superstep: 4, 8, 16 or 32
     zeros   u8  [panels, groups, 16]     not for symmetric formats
 
 Rows and inputs that fill up the last panel and superstep have code 0 and scale 0.
+
+Of a 2:4 weight a row keeps two codes a step, so that those of two steps share a lane; behind a superstep's
+planes of codes come those of positions, a lane's bytes being those of four steps: the first position in the
+low two bits, the second above it (3 bits: the number of the pattern).
 """
 
 from dataclasses import dataclass
@@ -21,8 +25,9 @@ import numpy as np
 import numpy.typing as npt
 
 from gammac.diagnostics import CompileError
-from gammac.formats import DoubleNormalFloat, Format, NormalFloat, Quantized
-from gammac.targets.tvm.kernels.codebook import MIDDLE, PackedFormat, levels_of
+from gammac.formats import DoubleNormalFloat, Format, IntegerFormat, NormalFloat, Quantized, TwoFourFormat
+from gammac.formats.two_four import KEPT, PATTERN_BITS, PATTERNS
+from gammac.targets.tvm.kernels.codebook import MIDDLE, levels_of
 from gammac.targets.tvm.kernels.isa import Isa
 
 PANEL: Final = 16
@@ -34,10 +39,14 @@ PADDING: Final = 32
 _UNROLLED: Final = 128
 _PLANES: Final = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 
+Packable = IntegerFormat | NormalFloat | TwoFourFormat
 
-def has_layout(format_: Format) -> TypeGuard[PackedFormat]:
+
+def has_layout(format_: Format) -> TypeGuard[Packable]:
     """Whether there are kernels for a format."""
-    return isinstance(format_, PackedFormat) and not isinstance(format_, DoubleNormalFloat)
+    if isinstance(format_, TwoFourFormat):
+        return not format_.is_float
+    return isinstance(format_, Packable) and not isinstance(format_, DoubleNormalFloat)
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -49,14 +58,29 @@ def ceil_div(a: int, b: int) -> int:
 class Layout:
     """Sizes of a packed weight [rows, columns]."""
 
-    format: PackedFormat
+    format: Packable
     rows: int
     columns: int
 
     @property
+    def grid(self) -> IntegerFormat | NormalFloat:
+        """What codes stand for."""
+        return self.format.grid if isinstance(self.format, TwoFourFormat) else self.format
+
+    @property
     def planes(self) -> tuple[int, ...]:
         """Bits of each plane, the low bits of a code first."""
-        return _PLANES[self.format.bits]
+        return _PLANES[self.grid.bits]
+
+    @property
+    def index_planes(self) -> tuple[int, ...]:
+        """The same for positions, which only 2:4 weights have."""
+        return _PLANES[self.format.index_bits] if isinstance(self.format, TwoFourFormat) else ()
+
+    @property
+    def per_lane(self) -> int:
+        """Steps whose codes share a lane."""
+        return STEP // KEPT if self.index_planes else 1
 
     @cached_property
     def levels(self) -> tuple[float, ...]:
@@ -66,19 +90,26 @@ class Layout:
     @property
     def same_zero(self) -> int | None:
         """The zero point that all groups have; None where each has its own, in `zeros`."""
-        if isinstance(self.format, NormalFloat):
+        grid = self.grid
+        if isinstance(grid, NormalFloat):
             return MIDDLE
-        return self.format.midpoint if self.format.symmetric else None
+        return grid.midpoint if grid.symmetric else None
 
     @property
     def superstep(self) -> int:
         """Inputs in a superstep."""
-        return STEP * (8 // min(self.planes))
+        steps = lcm(self.per_lane * 8 // min(self.planes), *(STEP * 8 // n for n in self.index_planes[-1:]))
+        return STEP * steps
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of a superstep's codes of one panel; its positions lie behind them."""
+        return self.superstep // self.per_lane * PANEL * self.grid.bits // 8
 
     @property
     def superstep_bytes(self) -> int:
         """Bytes of a superstep of one panel."""
-        return self.superstep * PANEL * self.format.bits // 8
+        return self.code_bytes + self.superstep // STEP * PANEL * sum(self.index_planes) // 8
 
     @property
     def panels(self) -> int:
@@ -133,25 +164,28 @@ class Layout:
         return lcm(self.segment, self.superstep)
 
 
-def activation_group(format_: PackedFormat, columns: int) -> int:
+def activation_group(format_: Packable, columns: int) -> int:
     """Inputs that share a scale when activations are quantized for a weight. Raises CompileError."""
     return Layout(format_, 1, columns).segment
 
 
-def _cut(codes: npt.NDArray[np.uint8], layout: Layout) -> npt.NDArray[np.uint8]:
-    """Padded codes [rows, columns] to [panels, supersteps, steps, 64]."""
-    panels, inputs = layout.panels, layout.superstep
-    shape = (panels, PANEL, codes.shape[1] // inputs, inputs // STEP, STEP)
-    return codes.reshape(shape).transpose(0, 2, 3, 1, 4).reshape(panels, -1, inputs // STEP, LANES)
+def _cut(codes: npt.NDArray[np.uint8], width: int) -> npt.NDArray[np.uint8]:
+    """Padded codes [rows, columns], `width` a superstep, to [panels, supersteps, lanes of steps, 64]."""
+    panels = len(codes) // PANEL
+    shape = (panels, PANEL, codes.shape[1] // width, width // STEP, STEP)
+    return codes.reshape(shape).transpose(0, 2, 3, 1, 4).reshape(panels, -1, width // STEP, LANES)
 
 
-def _pack_codes(codes: npt.NDArray[np.uint8], layout: Layout) -> npt.NDArray[np.uint8]:
-    rows, inputs = layout.panels * PANEL, ceil_div(layout.columns, layout.superstep) * layout.superstep
-    padded = np.zeros((rows, inputs), dtype=np.uint8)
-    padded[: layout.rows, : layout.columns] = codes
-    steps = _cut(padded, layout)
+def _pack_codes(
+    codes: npt.NDArray[np.uint8], layout: Layout, planes: tuple[int, ...], width: int
+) -> npt.NDArray[np.uint8]:
+    """Codes [rows, columns], `width` a superstep, in planes: [panels, supersteps, bytes]."""
+    supersteps = ceil_div(layout.columns, layout.superstep)
+    padded = np.zeros((layout.panels * PANEL, supersteps * width), dtype=np.uint8)
+    padded[: layout.rows, : codes.shape[1]] = codes
+    steps = _cut(padded, width)
     parts, low = [], 0
-    for bits in layout.planes:
+    for bits in planes:
         plane = (steps >> low) & ((1 << bits) - 1)
         plane = plane.reshape(*steps.shape[:2], -1, 8 // bits, LANES)
         packed = np.zeros((*plane.shape[:3], LANES), dtype=np.uint8)
@@ -159,7 +193,14 @@ def _pack_codes(codes: npt.NDArray[np.uint8], layout: Layout) -> npt.NDArray[np.
             packed |= plane[:, :, :, i] << np.uint8(bits * i)
         parts.append(packed.reshape(*steps.shape[:2], -1))
         low += bits
-    return np.concatenate(parts, axis=2).reshape(layout.panels, layout.panel_bytes)
+    return np.concatenate(parts, axis=2)
+
+
+def _positions(patterns: npt.NDArray[np.uint8], layout: Layout) -> npt.NDArray[np.uint8]:
+    """Patterns as they are packed: two positions, or their number."""
+    if layout.format.index_bits == PATTERN_BITS:  # type: ignore[union-attr]
+        return patterns
+    return np.array([first | second << 2 for first, second in PATTERNS], np.uint8)[patterns]
 
 
 def _by_panel(values: npt.NDArray[Any], layout: Layout) -> npt.NDArray[Any]:
@@ -174,12 +215,17 @@ def pack(quantized: Quantized, isa: Isa) -> dict[str, npt.NDArray[Any]]:
 
     Raises CompileError for a group size that has no kernel.
     """
-    rows, columns = quantized.codes.shape
-    assert has_layout(quantized.format), f"{quantized.format.name} has no TVM kernel"
-    layout = Layout(quantized.format, rows, columns)
+    (rows, kept), format_ = quantized.codes.shape, quantized.format
+    assert has_layout(format_), f"{format_.name} has no TVM kernel"
+    layout = Layout(format_, rows, kept * KEPT if isinstance(format_, TwoFourFormat) else kept)
     assert layout.segment  # raises
+    codes = quantized.codes.numpy()
+    parts = [_pack_codes(codes, layout, layout.planes, layout.superstep // layout.per_lane)]
+    if layout.index_planes:
+        positions = _positions(quantized.parts["patterns"].numpy(), layout)
+        parts.append(_pack_codes(positions, layout, layout.index_planes, layout.superstep // STEP))
     packed = {
-        "codes": _pack_codes(quantized.codes.numpy(), layout),
+        "codes": np.concatenate(parts, axis=2).reshape(layout.panels, layout.panel_bytes),
         "scales": _by_panel(quantized.scales.numpy().astype(isa.scale_dtype), layout),
     }
     if quantized.zeros is not None:
@@ -187,7 +233,7 @@ def pack(quantized: Quantized, isa: Isa) -> dict[str, npt.NDArray[Any]]:
     return packed
 
 
-def packed_bytes(format_: PackedFormat, rows: int, columns: int, isa: Isa) -> int:
+def packed_bytes(format_: Packable, rows: int, columns: int, isa: Isa) -> int:
     """Bytes of all that `pack` returns, each buffer rounded up to 64."""
     layout = Layout(format_, rows, columns)
     values = layout.panels * layout.groups * PANEL

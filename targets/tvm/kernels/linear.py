@@ -8,9 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from gammac.targets.tvm.kernels.codebook import PackedFormat
 from gammac.targets.tvm.kernels.isa import Isa
-from gammac.targets.tvm.kernels.layout import PANEL, Layout, ceil_div
+from gammac.targets.tvm.kernels.layout import PANEL, Layout, Packable, ceil_div
 from gammac.targets.tvm.kernels.operands import (
     TOKENS,
     Kernel,
@@ -277,7 +276,7 @@ def _added(bias: bool, residual: bool) -> tuple[str, ...]:
 
 
 def decode_linear(
-    format_: PackedFormat,
+    format_: Packable,
     rows: int,
     columns: int,
     isa: Isa,
@@ -295,7 +294,7 @@ def decode_linear(
 
 
 def prefill_linear(
-    format_: PackedFormat,
+    format_: Packable,
     rows: int,
     columns: int,
     isa: Isa,

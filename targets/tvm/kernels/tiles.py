@@ -144,7 +144,7 @@ class IntegerTile(Tile):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         count = self.panels * len(self.tokens)
-        bits = 8 if self.layout.levels else self.layout.format.bits
+        bits = 8 if self.layout.levels else self.layout.grid.bits
         self._leaf = LEAVES[self.isa.leaf](bits, Registers, count)
 
     def zero(self, panel: Panel, group: Expr) -> Any:

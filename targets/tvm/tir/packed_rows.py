@@ -42,6 +42,6 @@ def _code(layout: Layout, codes: Any, entry: Any, column: Any) -> Any:
         byte = T.cast(codes[entry // PANEL, at + step // per_byte * ALIGN], "int32")
         part = (byte >> T.cast(step % per_byte * bits, "int32")) & T.int32((1 << bits) - 1)
         code = code | (part << T.int32(low))
-        at = at + layout.superstep_bytes * bits // layout.format.bits
+        at = at + layout.superstep_bytes * bits // layout.grid.bits
         low += bits
     return code
