@@ -2,8 +2,8 @@
 
 One-shot rows: the perplexity and KL(dense ‖ pruned) of magnitude and Wanda without any update, of all three
 masks with the sweep's error feedback, and of SparseGPT rounded to 4 and 3 bits. Trained rows: every method of
-`gammac sparsify` and a dense model tuned on the same tokens; SparseForge's ablations with --ablations. Windows
-that are judged are none that was trained on; one-shot masks are calibrated on the calibration text.
+`gammac sparsify` and a dense model tuned on the same tokens; SparseForge's ablations with --ablations. The
+windows that are judged are none that was trained on; one-shot masks are calibrated on the calibration text.
 
 Run: python benchmarks/sparse_masks.py tiny [--tokens 200000] [--seeds 0 1 2] [--rate 3e-4] [--test FILE]
 """
@@ -41,7 +41,7 @@ def judged(problem: LanguageModel, parameters: dict[str, Tensor], windows: Tenso
     loss, kl, count = 0.0, 0.0, 0
     with torch.no_grad():
         for part in torch.split(windows, BATCH):
-            log_q = problem._logits(parameters, part)[:, :-1].log_softmax(-1)
+            log_q = problem.logits(parameters, part)[:, :-1].log_softmax(-1)
             log_p = problem.model(input_ids=part).logits[:, :-1].log_softmax(-1)
             loss -= float(log_q.gather(2, part[:, 1:, None]).sum())
             kl += float((log_p.exp() * (log_p - log_q)).sum())

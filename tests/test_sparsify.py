@@ -142,7 +142,7 @@ def test_cast_shrinks_what_it_masks_out() -> None:
     assert jumps[1] < 0.5 * jumps[0]
 
 
-def test_maskllm_gradient_is_that_of_its_soft_mask() -> None:
+def test_maskllm_goes_down_the_slope_of_its_soft_mask() -> None:
     method, weight = MaskLlm(), torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
     method.begin({"w": weight})
     at, target = Clock(3, 10), torch.randn(2, 8, generator=torch.Generator().manual_seed(1))

@@ -47,13 +47,14 @@ def sparsify_command(**options: Any) -> None:
     own = {k: v for k in ("score", "hardening") if (v := options.pop(k)) is not None}
     trainer = sparsify(SparsifyRequest(**options, options=own), out, show_progress)
     found = trainer.report
-    say = lambda line: OUT.print(line, highlight=False, markup=False, soft_wrap=True)  # noqa: E731
-    say(f"{options['model']} → {out}: {len(trainer.sparse)} weights 2:4 in {trainer.steps} steps")
-    say(
+    lines = [
+        f"{options['model']} → {out}: {len(trainer.sparse)} weights 2:4 in {trainer.steps} steps",
         f"perplexity on text set apart: {perplexity(found['before']):.2f} before, "
-        f"{perplexity(found['after']):.2f} behind"
-    )
+        f"{perplexity(found['after']):.2f} behind",
+    ]
     if trainer.sparse:
         change = found["behind_final_mask"] / found["before_final_mask"] - 1
-        say(f"the final mask changed the loss by {100 * change:+.2f} %")
-        say(f"next: gammac compile {out} --sparsity 2:4 --backend tvm -o DIR")
+        lines.append(f"the final mask changed the loss by {100 * change:+.2f} %")
+        lines.append(f"next: gammac compile {out} --sparsity 2:4 --backend tvm -o DIR")
+    for line in lines:
+        OUT.print(line, highlight=False, markup=False, soft_wrap=True)

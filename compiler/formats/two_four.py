@@ -118,7 +118,7 @@ class TwoFourFormat(Format):
 
 def by_four(values: Tensor) -> Tensor:
     """[rows, columns] as [rows, columns / 4, 4]."""
-    return values.unflatten(1, (values.shape[1] // FOUR, FOUR))
+    return values.reshape(len(values), values.shape[1] // FOUR, FOUR)
 
 
 def keep_two(scores: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ The trainer owns the weights and their optimizer. Gradients are those at the mas
 the mask straight through, so that a weight that is masked out keeps learning and may come back.
 """
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Final, Protocol
@@ -144,7 +145,8 @@ class MaskLlm(Dense):
     """Logits over the six patterns of each four, sampled by Gumbel-Softmax; weights stay as they are.
 
     MaskLLM (Fang et al. 2024, arXiv 2409.17481), sections 3.2 and 3.3: temperature 4 → 0.05, logits times
-    100 → 500, a prior of `strength` for the magnitude mask. Logits move by Adam's sign: `rate` a step.
+    100 → 500, a prior of `strength` for the magnitude mask. Logits move by their mean slope in units of its
+    deviation, `rate` a step: not by Adam.
     """
 
     name: ClassVar[str] = "maskllm"
@@ -166,7 +168,7 @@ class MaskLlm(Dense):
         share = at.part(0, 1)
         noise = torch.rand(
             self.state[name].shape,
-            generator=torch.Generator().manual_seed(at.seed * 7919 + at.step),
+            generator=torch.Generator().manual_seed(zlib.crc32(f"{name} {at.seed} {at.step}".encode())),
         )
         gumbel = -(-noise.clamp(1e-9, 1 - 1e-7).log()).log()
         temperature = 4 + share * (0.05 - 4)
@@ -203,7 +205,7 @@ class SparseForge(Dense):
     arXiv 2605.06402, with the released schedule as shares of the main phase: masks move from 3 % on, are
     quenched from 12 % to 95 %, and then are exactly 2:4. `score` as in `gates.score`; every `every` steps
     masks move by `rate`. `hardening`: gates are pulled towards two of each four, and mixed with the mask's
-    own two largest, wholly from 60 % on; the release mixes with the scores', which takes more updates to settle.
+    own two largest, wholly from 60 % on; the release mixes with the scores', which takes longer to settle.
     """
 
     name: ClassVar[str] = "sparseforge"

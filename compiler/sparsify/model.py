@@ -74,27 +74,29 @@ class LanguageModel:
         """See Problem."""
         generator = torch.Generator().manual_seed(self.seed * 7919 + step)
         tokens = self.used[torch.randint(len(self.used), (self.batch,), generator=generator)]
-        logits = self._logits(parameters, tokens)[:, :-1]
+        logits = self.logits(parameters, tokens)[:, :-1]
         task = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         if not self.distill:
             return task
         with torch.no_grad():
             log_p = (self.model(input_ids=tokens).logits[:, :-1] / TEMPERATURE).log_softmax(-1)
         log_q = (logits / TEMPERATURE).log_softmax(-1)
-        return task + TEMPERATURE**2 * (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+        total: Tensor = task + TEMPERATURE**2 * (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+        return total
 
     def error(self, parameters: Mapping[str, Tensor]) -> float:
         """Cross-entropy in nats a token on windows that are set apart."""
         with torch.no_grad():
             losses = [
                 nn.functional.cross_entropy(
-                    self._logits(parameters, part)[:, :-1].flatten(0, 1), part[:, 1:].flatten()
+                    self.logits(parameters, part)[:, :-1].flatten(0, 1), part[:, 1:].flatten()
                 )
                 for part in torch.split(self.apart, self.batch)
             ]
         return float(torch.stack(losses).mean())
 
-    def _logits(self, parameters: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
+    def logits(self, parameters: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
+        """Of windows i64 [n, length] with these parameters, f32 [n, length, vocab]."""
         found: Tensor = functional_call(
             self.model, dict(parameters), kwargs={"input_ids": tokens, "use_cache": False}
         ).logits

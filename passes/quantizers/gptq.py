@@ -57,10 +57,11 @@ class Gptq:
         """See Quantizer. Raises CompileError when the Gram matrix has no usable inverse."""
         assert gram is not None, "gptq needs the Gram matrix of the inputs"
         sparse = [f for f in formats if isinstance(f, TwoFourFormat)]
-        made = dict(zip(sparse, self._two_four(weight, gram, sparse), strict=True)) if sparse else {}
-        dense = [f for f in formats if f not in made]
-        made.update(zip(dense, self._dense(weight, gram, dense), strict=True) if dense else ())
-        return [made[f] for f in formats]
+        dense = [f for f in formats if not isinstance(f, TwoFourFormat)]
+        made = self._two_four(weight, gram, sparse) if sparse else []
+        made += self._dense(weight, gram, dense) if dense else []
+        found = {quantized.format: quantized for quantized in made}
+        return [found[f] for f in formats]
 
     def _two_four(self, weight: Tensor, gram: Tensor, formats: Sequence[TwoFourFormat]) -> list[Quantized]:
         diagonal = gram.diagonal().clamp(min=0)
