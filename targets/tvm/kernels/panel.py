@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Final
 
+from gammac.formats import TwoFourFormat
 from gammac.formats.two_four import PATTERN_BITS, PATTERNS
 from gammac.targets.tvm.kernels.layout import ALIGN, PANEL, STEP, Layout
 from gammac.targets.tvm.tir.vectors import T, load, splat_int
@@ -62,9 +63,10 @@ class Panel:
 
     def _expanded(self, values: Expr, half: int, places: Expr, byte: int) -> Expr:
         """A row's two kept codes at their places, the midpoint, which stands for zero, elsewhere."""
-        zeros = splat_int(_each_byte(self.layout.grid.midpoint), PANEL)
+        assert isinstance(self.layout.format, TwoFourFormat)
+        zeros = splat_int(_each_byte(self.layout.format.grid.midpoint), PANEL)
         values = values ^ zeros  # so that nothing is what a pruned weight adds
-        if self.layout.format.index_bits == PATTERN_BITS:  # type: ignore[union-attr]
+        if self.layout.format.index_bits == PATTERN_BITS:
             number = _shifted(places, 8 * byte - 2, 28)
             places, byte = splat_int(_PLACES, PANEL) >> number, 0
         first = _shifted(values, 16 * half, 255) << _shifted(places, 8 * byte - 3, 24)
