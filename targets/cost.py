@@ -23,6 +23,8 @@ PANEL_ROWS: Final = 16  # PackedLinear pads rows to this
 # and columns to what fills vectors of each plane that a code is cut into: 3 bits are 2 + 1
 SUPERSTEPS: Final = {1: 32, 2: 16, 3: 32, 4: 8, 5: 32, 6: 16, 7: 32, 8: 4}
 ALIGNMENT: Final = 64
+# WarpLinear pads rows to what a block of threads takes, and inputs to what a thread takes
+WARP_ROWS, WARP_COLUMNS = 16, 32
 
 Formats = Mapping[str, str]
 Sizes = dict[str, int]
@@ -80,6 +82,8 @@ def stored_bytes(rows: int, columns: int, format_: Format, target: Target, role:
         return _any_bits_bytes(rows, columns, fitted, groups, kernel.scale_bytes)
     if kernel.op == "PackedLinear":
         return _packed_bytes(rows, columns, fitted, kernel.scale_bytes)
+    if kernel.op == "WarpLinear":
+        return _warp_bytes(rows, columns, fitted, kernel.scale_bytes)
     codes = rows * groups * _ceil(fitted.inputs_per_scale(columns) * fitted.bits, 8)
     zeros = 0 if fitted.symmetric else rows * _ceil(groups * fitted.bits, 8)
     return codes + rows * groups * kernel.scale_bytes + zeros
@@ -106,10 +110,19 @@ def _any_bits_bytes(rows: int, columns: int, format_: IntegerFormat, groups: int
 
 def _packed_bytes(rows: int, columns: int, format_: IntegerFormat, scale_bytes: int) -> int:
     padded, step = _ceil(rows, PANEL_ROWS) * PANEL_ROWS, SUPERSTEPS[format_.bits]
-    groups = padded * format_.groups(columns)
-    parts = (padded * _ceil(columns, step) * step * format_.bits // 8, groups * scale_bytes)
-    zeros = 0 if format_.symmetric else groups  # a byte each
-    return sum(_ceil(part, ALIGNMENT) * ALIGNMENT for part in (*parts, zeros))
+    return _padded_bytes(padded, _ceil(columns, step) * step, format_, format_.groups(columns), scale_bytes)
+
+
+def _warp_bytes(rows: int, columns: int, format_: IntegerFormat, scale_bytes: int) -> int:
+    padded, wide = _ceil(rows, WARP_ROWS) * WARP_ROWS, _ceil(columns, WARP_COLUMNS) * WARP_COLUMNS
+    return _padded_bytes(padded, wide, format_, format_.groups(columns), scale_bytes)
+
+
+def _padded_bytes(rows: int, columns: int, format_: IntegerFormat, groups: int, scale_bytes: int) -> int:
+    """Codes, scales and zeros of a byte, each rounded up to the alignment."""
+    zeros = 0 if format_.symmetric else rows * groups
+    parts = (rows * columns * format_.bits // 8, rows * groups * scale_bytes, zeros)
+    return sum(_ceil(part, ALIGNMENT) * ALIGNMENT for part in parts)
 
 
 # ---- seconds ------------------------------------------------------------------------------------

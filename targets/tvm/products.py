@@ -6,21 +6,10 @@ from typing import Any
 from gammac.diagnostics import CompileError
 from gammac.formats import IntegerFormat, load_float, load_quantized, stored_format
 from gammac.ir import Op, Value, Weight, WeightRef
-from gammac.targets.tvm.kernels import (
-    Layout,
-    decode_linear,
-    gated_linear,
-    pack,
-    prefill_linear,
-    quantize_activations,
-    rms_norm_quantize,
-)  # fmt: skip
+from gammac.targets.tvm.kernels import Layout, quantize_activations, rms_norm_quantize
 from gammac.targets.tvm.kernels.operands import TOKENS
 from gammac.targets.tvm.lowering import Lowering, function_of
 from gammac.targets.tvm.nodes import Deferred, Node, Normed, Tensor, whole
-from gammac.targets.tvm.tir import tables
-from gammac.targets.tvm.tir.packed_rows import packed_rows
-from gammac.targets.tvm.tir.panels import float_linear, pack_panels
 
 
 def weight_of(at: Lowering, op: Op) -> Weight:
@@ -53,10 +42,10 @@ def _layout(weight: Weight) -> Layout | None:
 # ---- parameters ---------------------------------------------------------------------------------
 
 
-def _panels(at: Lowering, weight: Weight, *, whole: bool = True) -> Any:
-    """A float weight in panels of 16 rows."""
-    name = f"{weight.name}.panels"
-    return at.f.param(name, lambda: pack_panels(load_float(weight, at.store).numpy()), whole=whole)
+def _floats(at: Lowering, weight: Weight, *, whole: bool = True) -> Any:
+    """A float weight as products and embeddings read it."""
+    name = f"{weight.name}.floats"
+    return at.f.param(name, lambda: at.device.floats(load_float(weight, at.store).numpy()), whole=whole)
 
 
 def _packed(at: Lowering, weight: Weight, *, whole: bool = True) -> list[Any]:
@@ -65,7 +54,7 @@ def _packed(at: Lowering, weight: Weight, *, whole: bool = True) -> list[Any]:
 
     def array(kind: str) -> Any:
         if not arrays:
-            arrays.update(pack(load_quantized(weight, at.store), at.isa))
+            arrays.update(at.device.packed(load_quantized(weight, at.store)))
         return arrays[kind]
 
     layout = _layout(weight)
@@ -90,15 +79,12 @@ class Product(Deferred):
     def plus(self, residual: Tensor | None = None) -> Tensor:
         """x @ weight.T + bias + residual"""
         at, layout, rows = self.at, self.layout, self.rows
-        make = decode_linear if rows == 1 else prefill_linear
-        more = {"bias": bool(self.bias), "residual": residual is not None}
+        more = (bool(self.bias), residual is not None)
         added = [*self.bias, *([residual.var] if residual is not None else [])]
         self._made = _call(
-            at, "linear", layout.format, (layout, *more.values()), self.x, layout,
+            at, "linear", layout.format, (layout, *more), self.x, layout,
             [*_packed(at, self.weight), *added],
-            lambda: make(
-                layout.format, layout.rows, layout.columns, at.isa, integer=at.integer, **more
-            ).func,
+            lambda: at.device.linear(rows, layout.format, layout.rows, layout.columns, *more),
         )  # fmt: skip
         return self._made
 
@@ -141,7 +127,7 @@ def _join(at: Lowering, gate: Product, up: Product) -> bool:
     """Whether one kernel can compute both."""
     a, b = gate.layout, up.layout
     plain = gate.pending and up.pending and not gate.bias and not up.bias
-    return plain and gate.x is up.x and a.rows == b.rows and (not at.integer or a.segment == b.segment)
+    return plain and gate.x is up.x and a.rows == b.rows and (not at.device.integer or a.segment == b.segment)
 
 
 def _gated(at: Lowering, gate: Product, up: Product, activation: str) -> Tensor:
@@ -149,10 +135,7 @@ def _gated(at: Lowering, gate: Product, up: Product, activation: str) -> Tensor:
     return _call(
         at, "gated", a.format, (a, b, activation), gate.x, a,
         [*_packed(at, gate.weight), *_packed(at, up.weight)],
-        lambda: gated_linear(
-            (a.format, b.format), a.rows, a.columns, at.isa,
-            integer=at.integer, tokens=gate.x.rows or TOKENS, activation=activation,
-        ).func,
+        lambda: at.device.gated(gate.x.rows, (a.format, b.format), a.rows, a.columns, activation),
     )  # fmt: skip
 
 
@@ -161,7 +144,7 @@ def _call(
     more: list[Any], make: Callable[[], Any],
 ) -> Tensor:  # fmt: skip
     """A kernel of `layout.rows` outputs that reads x, in int8 where products do."""
-    inputs = _quantized(at, x, layout) if at.integer else [at.f.tensor(x).var]
+    inputs = _quantized(at, x, layout) if at.device.integer else [at.f.tensor(x).var]
     name = f"{kind}_{format_.name.replace('-', '_')}{'' if x.rows == 1 else '_many'}"
     var = at.f.call(name, (x.rows, *key), make, [*inputs, *more], at.f.type_of(x.rows, layout.rows))
     return Tensor(var, x.rows, layout.rows)
@@ -170,9 +153,11 @@ def _call(
 def _float_product(at: Lowering, x: Tensor, weight: Weight, bias: list[Any]) -> Tensor:
     outputs, inputs = _sizes(weight)
     key = (x.rows, outputs, inputs, bool(bias))
-    args = [x.var, _panels(at, weight), *bias]
+    args = [x.var, _floats(at, weight), *bias]
     out = at.f.type_of(x.rows, outputs)
-    return Tensor(at.f.call("float_linear", key, lambda: float_linear(*key), args, out), x.rows, outputs)
+    return Tensor(
+        at.f.call("float_linear", key, lambda: at.device.float_linear(*key), args, out), x.rows, outputs
+    )
 
 
 def _quantized(at: Lowering, x: Node, layout: Layout) -> list[Any]:
@@ -207,11 +192,12 @@ def lower_embedding(at: Lowering, op: Op) -> Node:
     out = at.f.type_of(ids.rows, width)
     if layout is None:
         key = (ids.rows, entries, width)
-        args = [ids.var, _panels(at, weight, whole=False)]
-        var = at.f.call("embedding", key, lambda: tables.embedding(*key), args, out)
+        args = [ids.var, _floats(at, weight, whole=False)]
+        var = at.f.call("embedding", key, lambda: at.device.embedding(*key), args, out)
     else:
         args = [ids.var, *_packed(at, weight, whole=False)]
         var = at.f.call(
-            "packed_rows", (ids.rows, layout), lambda: packed_rows(ids.rows, layout, at.isa), args, out
-        )
+            "packed_rows", (ids.rows, layout),
+            lambda: at.device.packed_rows(ids.rows, layout.format, entries, width), args, out,
+        )  # fmt: skip
     return whole(Tensor(var, ids.rows, width))
