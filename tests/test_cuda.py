@@ -14,10 +14,14 @@ from families import captured
 from onnx_models import Shape, decoder, quantized
 from test_tvm import EXACT, MIXED, differences, legal
 
+from gammac.budget import parse_budgets
 from gammac.diagnostics import CompileError
 from gammac.formats import IntegerFormat, Quantized, parse_format
+from gammac.ir import Module
+from gammac.passes.allocate import Allocate
+from gammac.pipeline import Context
 from gammac.runtime.reference import InterpreterSession
-from gammac.targets.cost import stored_bytes
+from gammac.targets.cost import linear_seconds, module_cost, stored_bytes
 from gammac.targets.target import BLOCK, TABLE, load_target, target_names
 from gammac.weights import WeightStore
 
@@ -321,3 +325,73 @@ def test_a_gpu_of_another_generation_is_told(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(tvm_cuda, "compute_version", lambda: (7, 5))
     assert "compute capability 7.5" in tvm_cuda.lacking_gpu(["sm_80"])
     assert tvm_cuda.lacking_gpu(["sm_80", "compute_70"]) == ""
+
+
+# ---- memory of a device -------------------------------------------------------------------------
+
+
+def test_tensors_of_a_device_are_copies(artifact: Path) -> None:
+    """The calls that a GPU's memory is written and read with, on the memory that is here."""
+    import tvm_ffi
+
+    memory = tvm_cuda.GpuMemory(tvm_ffi, (1, 0))
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+    tensor = memory.tensor(array)
+    array[0, 0] = 9
+    assert memory.read(tensor)[0, 0] == 0
+    memory.write(tensor, array)
+    np.testing.assert_array_equal(memory.read(tensor), array)
+    assert memory.read(memory.tensor(np.zeros(3, np.float16))).dtype == np.float16
+
+
+# ---- cost ---------------------------------------------------------------------------------------
+
+
+CANDIDATES = ("w2g16", "w2g64", "w3g64", "w4g64", "w8g64")
+
+
+def scored() -> Module:
+    """A module whose weights have scores: a quarter a bit, half in small groups, some count more than others."""
+    module = decoder(Shape(layers=3, hidden=1024, ffn=4096, heads=8, dim=128, rotary=128), WeightStore())
+    scores = {f: 4.0 ** -float(f[1]) * (0.5 if f.endswith("g16") else 1) for f in CANDIDATES}
+    chosen = [w for w in module.weights.values() if "role" in w.attrs]
+    marked = (
+        w.with_attrs(scores={f: s * (1 + i % 5) for f, s in scores.items()}) for i, w in enumerate(chosen)
+    )
+    return module.with_weights(*marked)
+
+
+def allocated(name: str, share: float) -> dict[str, str]:
+    """Formats within a share of what lies between a target's times of 2 and of 8 bits."""
+    target, module = load_target(name, "tvm"), scored()
+    names = [w.name for w in module.weights.values() if "role" in w.attrs]
+    fast, slow = (module_cost(module, target, dict.fromkeys(names, f)) for f in ("w2g64", "w8g64"))
+    budget = fast.decode_seconds + share * (slow.decode_seconds - fast.decode_seconds)
+    context = Context(target, WeightStore(), parse_budgets(f"{budget * 1e3:.9f}ms/token"))
+    found = Allocate(tie=False).run(module, context)
+    assert module_cost(found, target).decode_seconds <= budget
+    return {name: str(found.weights[name].attrs["format"]) for name in names}
+
+
+def test_budgets_in_time_solve_and_gpus_choose_otherwise() -> None:
+    of = {name: allocated(name, 0.4) for name in ("cuda", "cuda-sm90", "cpu-x86-avx2")}
+    assert of["cuda"] != of["cpu-x86-avx2"]
+    # by the table an A100's 2 bits are bound by their unpacking, an L4's by the memory, which groups of 16 fill
+    a100, l4 = load_target("cuda"), load_target("cuda-sm89")
+    small, large = (parse_format(name) for name in ("w2g16", "w2g64"))
+    ratios = [
+        linear_seconds(8192, 8192, small, target) / linear_seconds(8192, 8192, large, target)
+        for target in (a100, l4)
+    ]
+    assert ratios[0] < ratios[1]
+
+
+def test_a_faster_gpu_takes_less_time() -> None:
+    by_memory = ["cuda-sm89", "cuda-sm86", "cuda-sm80", "cuda-sm90"]
+    seconds = [linear_seconds(8192, 8192, parse_format("w8g64"), load_target(name)) for name in by_memory]
+    assert seconds == sorted(seconds, reverse=True)
+    a100 = load_target("cuda")
+    assert a100.name == "cuda-sm80"
+    # bytes alone: what the data sheet's bandwidth allows is a lower bound, and eight bits are bound by it
+    least = 8192 * 8192 / (a100.dram_gbps_peak * 1e9)
+    assert least < seconds[2] < 1.5 * least

@@ -56,7 +56,7 @@ def emit(module: Module, store: WeightStore, folder: Path, archs: Sequence[str])
     with ParamFile(paths[1]) as data:
         written = write_program(module, store, data, CudaDevice(gpu=True))
     with device_compiler(archs) as reports:
-        build_for(_target(archs, host), written.module, host.machine, paths[0])
+        build_for(target_for(archs, host), written.module, host.machine, paths[0])
     described = replace(written.description, isa=host.name, arch=host.machine, gpus=tuple(archs))
     paths[2].write_text(described.to_json(), encoding="utf-8")
     paths[3].write_text(to_json(tuple(reports)), encoding="utf-8")
@@ -104,8 +104,8 @@ def device_compiler(archs: Sequence[str]) -> Iterator[list[KernelReport]]:
             tvm_ffi.register_global_func(CALLBACK, before, override=True)
 
 
-def _target(archs: Sequence[str], host: Isa) -> dict[str, Any]:
-    """The least of the architectures: what TVM writes must run on all."""
+def target_for(archs: Sequence[str], host: Isa) -> dict[str, Any]:
+    """What TVM is told: the least of the architectures, for what it writes must run on all."""
     numbers = [a.removeprefix(REAL).removeprefix(VIRTUAL) for a in archs]
     least = min(numbers, key=int)
     return {"kind": "cuda", "arch": f"{REAL}{least}", **_LIMITS, "host": host.llvm_target()}

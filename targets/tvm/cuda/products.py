@@ -184,15 +184,11 @@ class Chunk:
         self._load()
         tokens = staged.tokens
         sums, plain = self.g.locals(FOUR * tokens), self.g.locals(tokens)
-        x = self.g.locals(4 * tokens)
         for begin in range(0, CHUNK, self.layout.segment):
             _clear(sums, FOUR * tokens)
             _clear(plain, tokens)
-            for k in range(begin, begin + self.layout.segment, 4):
-                for j in range(tokens):
-                    T.buffer_store(x, staged.four(j, at, k), [T.ramp(4 * j, 1, 4)])
-                for q in range(4):
-                    self._multiply(k + q, [x[4 * j + q] for j in range(tokens)], sums, plain)
+            for k in range(begin, begin + self.layout.segment, FOUR):
+                self._multiply(k, staged, at, sums, plain)
             self._scale(begin, tokens, sums, plain, total)
 
     def _load(self) -> None:
@@ -206,15 +202,21 @@ class Chunk:
             word = self.parts["codes"][self.four, T.ramp(base + i * FOUR * width, 1, FOUR)]
             T.buffer_store(self.words, word, [T.ramp(FOUR * i, 1, FOUR)])
 
-    def _multiply(self, k: int, x: list[Expr], sums: Any, plain: Any) -> None:
-        """Add x times the codes of input k to the sums, and x alone to the plain ones."""
-        tokens = len(x)
-        for j, value in enumerate(x):
-            T.buffer_store(plain, plain[j] + value, [j])
-        for row in range(FOUR):
-            code = T.Bind(_above_one(lambda i, row=row: self.words[FOUR * i + row], k, self.layout.bits))  # type: ignore[misc]
-            for j, value in enumerate(x):
-                T.buffer_store(sums, sums[row * tokens + j] + code * value, [row * tokens + j])
+    def _multiply(self, k: int, staged: Staged, at: Expr, sums: Any, plain: Any) -> None:
+        """Add x times the codes of four inputs to the sums, and x alone to the plain ones: codes are unpacked
+        once, then one token after the other, which takes the fewest registers."""
+        codes = [[self._code(row, k + q) for row in range(FOUR)] for q in range(FOUR)]
+        x = self.g.locals(FOUR)
+        for j in range(staged.tokens):
+            T.buffer_store(x, staged.four(j, at, k), [T.ramp(0, 1, FOUR)])
+            for q in range(FOUR):
+                T.buffer_store(plain, plain[j] + x[q], [j])
+                for row in range(FOUR):
+                    i = row * staged.tokens + j
+                    T.buffer_store(sums, sums[i] + codes[q][row] * x[q], [i])
+
+    def _code(self, row: int, k: int) -> Expr:
+        return T.Bind(_above_one(lambda i: self.words[FOUR * i + row], k, self.layout.bits))
 
     def _scale(self, begin: int, tokens: int, sums: Any, plain: Any, total: Registers) -> None:
         layout, factor = self.layout, T.float32(1 << self.layout.bits)

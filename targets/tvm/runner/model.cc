@@ -63,6 +63,7 @@ class Object {
     if (found == map_.end()) throw Refusal{std::string("model.json has no ") + name};
     return (*found).second.template cast<T>();
   }
+  bool has(const char* name) const { return map_.find(ffi::String(name)) != map_.end(); }
 
  private:
   ffi::json::Object map_;
@@ -92,6 +93,9 @@ void demand_processor(const Object& about) {
   uname(&here);
   const std::string arch = about.get<ffi::String>("arch");
   if (arch != here.machine) throw Refusal{"the artifact is for " + arch + ", this is " + here.machine};
+  if (about.has("gpus") && !about.get<ffi::json::Array>("gpus").empty()) {
+    throw Refusal{"the artifact is for GPUs, this runner is not: gammac run runs it"};
+  }
   const std::set<std::string> flags = processor_flags();
   for (const ffi::Any& wanted : about.get<ffi::json::Array>("cpu_flags")) {
     const std::string flag = wanted.cast<ffi::String>();
