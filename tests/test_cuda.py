@@ -12,7 +12,7 @@ import pytest
 import torch
 from families import captured
 from onnx_models import Shape, decoder, quantized
-from test_tvm import EXACT, MIXED, differences, legal
+from test_tvm import EXACT, differences, legal
 
 from gammac.budget import parse_budgets
 from gammac.diagnostics import CompileError
@@ -184,19 +184,18 @@ def emulated(module: Any, store: WeightStore, folder: Path) -> TvmSession:
     return TvmSession(folder, threads=1)
 
 
+# in floats, which compile fast: packed weights have tests of their own, and the twin below has some
 SHAPES = {
-    "softcap": (Shape(window=4, softcap=5.0, qk_norm=True), {"": "w3g16"}),
-    "odd heads": (Shape(dim=12, rotary=10, bias=True, tied=False), {}),
-    "mixed": (Shape(layers=1, bias=True), MIXED),
-    "wide heads": (Shape(layers=1, heads=2, kv_heads=1, dim=160, rotary=64), {"": "w8g32"}),
+    "softcap": Shape(layers=1, window=4, softcap=5.0, qk_norm=True),
+    "odd heads": Shape(layers=1, dim=12, rotary=10, bias=True, tied=False),
+    "wide heads": Shape(layers=1, heads=2, kv_heads=1, dim=160, rotary=64),
 }
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_modules_compute_what_the_interpreter_computes(name: str, tmp_path: Path) -> None:
-    shape, formats = SHAPES[name]
     store = WeightStore()
-    module = legal(quantized(decoder(shape, store), store, formats), store)
+    module = legal(decoder(SHAPES[name], store), store)
     assert max(differences(emulated(module, store, tmp_path), InterpreterSession(module, store))) < EXACT
 
 
@@ -351,14 +350,15 @@ CANDIDATES = ("w2g16", "w2g64", "w3g64", "w4g64", "w8g64")
 
 
 def scored() -> Module:
-    """A module whose weights have scores: a quarter a bit, half in small groups, some count more than others."""
+    """A module whose weights have scores: a quarter a bit, half in small groups, some count more."""
     module = decoder(Shape(layers=3, hidden=1024, ffn=4096, heads=8, dim=128, rotary=128), WeightStore())
     scores = {f: 4.0 ** -float(f[1]) * (0.5 if f.endswith("g16") else 1) for f in CANDIDATES}
     chosen = [w for w in module.weights.values() if "role" in w.attrs]
-    marked = (
-        w.with_attrs(scores={f: s * (1 + i % 5) for f, s in scores.items()}) for i, w in enumerate(chosen)
-    )
-    return module.with_weights(*marked)
+    for i, w in enumerate(chosen):
+        role = BLOCK if w.attrs["role"] == BLOCK else TABLE
+        own = {f: s * (1 + i % 5) for f, s in scores.items()}
+        module = module.with_weights(w.with_attrs(role=role, scores=own))
+    return module
 
 
 def allocated(name: str, share: float) -> dict[str, str]:
@@ -374,9 +374,10 @@ def allocated(name: str, share: float) -> dict[str, str]:
 
 
 def test_budgets_in_time_solve_and_gpus_choose_otherwise() -> None:
-    of = {name: allocated(name, 0.4) for name in ("cuda", "cuda-sm90", "cpu-x86-avx2")}
-    assert of["cuda"] != of["cpu-x86-avx2"]
-    # by the table an A100's 2 bits are bound by their unpacking, an L4's by the memory, which groups of 16 fill
+    of = {name: set(allocated(name, 0.2).values()) for name in ("cuda", "cuda-sm89", "cpu-x86-avx2")}
+    # 2 bits save an A100 little, and it spends them elsewhere
+    assert "w2g64" not in of["cuda"] and "w2g64" in of["cuda-sm89"] & of["cpu-x86-avx2"]
+    # by the table an A100's 2 bits are bound by unpacking them, an L4's by memory, which groups of 16 fill
     a100, l4 = load_target("cuda"), load_target("cuda-sm89")
     small, large = (parse_format(name) for name in ("w2g16", "w2g64"))
     ratios = [

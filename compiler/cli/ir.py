@@ -28,10 +28,9 @@ def inspect(file: Path, target: str | None, every_weight: bool, weight_name: str
     from gammac.targets.cost import module_cost
     from gammac.targets.target import load_target
 
-    backend, kernels = None, ()
+    artifact, backend = None, None
     if file.is_dir():
         artifact = open_artifact(file)
-        kernels = device_kernels(artifact)
         target, backend = target or artifact.manifest.target, artifact.manifest.emitter
         file = artifact.path(MODULE)
     module = read_module(file)
@@ -43,7 +42,7 @@ def inspect(file: Path, target: str | None, every_weight: bool, weight_name: str
         OUT.print(line, highlight=False, markup=False)
     rows = (by_weight if every_weight else by_projection)(module, chosen)
     OUT.print(tables.weights(f"@{module.name} on {chosen.name}", rows))
-    if kernels:
+    if artifact is not None and (kernels := device_kernels(artifact)):
         OUT.print(tables.device_kernels(kernels))
     OUT.print(tables.cost_line(module_cost(module, chosen)), highlight=False)
 

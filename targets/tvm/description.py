@@ -81,7 +81,7 @@ def parse_description(text: str) -> Description:
         fields = {name: value for name, value in data.items() if name != "abi"}
         entries = tuple(Entry(**{**e, "shape": tuple(e["shape"])}) for e in fields.pop("params"))
         caches = tuple(tuple(int(size) for size in shape) for shape in fields.pop("caches"))
-        lists = {name: tuple(fields.pop(name, ())) for name in ("cpu_flags", "gpus")}
-        return Description(params=entries, caches=caches, **lists, **fields)
+        flags, gpus = tuple(fields.pop("cpu_flags")), tuple(fields.pop("gpus", ()))
+        return Description(params=entries, caches=caches, cpu_flags=flags, gpus=gpus, **fields)
     except (KeyError, TypeError) as error:
         raise ValueError(f"an entry is wrong: {error}") from error

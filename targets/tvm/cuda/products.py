@@ -11,7 +11,7 @@ Inputs are read through shared memory, for a tile of tokens at once; sums are f3
 tokens, for each of which a code is used that was unpacked once.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -80,7 +80,7 @@ class Job:
     tokens: int
 
 
-Weights = list[tuple[Layout, Mapping[str, Any]]]
+Weights = Sequence[tuple[Layout, Mapping[str, Any]]]
 Write = Callable[[Expr, Expr, list[Expr]], None]
 
 
