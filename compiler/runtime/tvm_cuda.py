@@ -24,7 +24,7 @@ def lacking_gpu(archs: Sequence[str]) -> str:
     wanted = f"the artifact is for NVIDIA GPUs ({', '.join(archs)})"
     found = compute_version()
     if found is None:
-        return f"{wanted}, and this machine has none, or no CUDA driver"
+        return f"{wanted}, and this machine has none, or lacks its driver or CUDA 13's runtime"
     if not any(fits(arch, found) for arch in archs):
         return f"{wanted}, and that of this machine has compute capability {found[0]}.{found[1]}"
     return ""

@@ -15,9 +15,7 @@ from gammac.diagnostics import CompileError
 
 FOLDERS: Final = ("CUDA_HOME", "CUDA_PATH")
 USUAL: Final = "/usr/local/cuda"
-INSTALL: Final = (
-    "pip install nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-crt nvidia-nvvm, or the CUDA toolkit"
-)
+INSTALL: Final = "pip install 'gammac[cuda]', which brings it from PyPI, or install the CUDA toolkit"
 # FMA contraction is on by default; divisions and roots stay exact
 FLAGS: Final = (
     "-O3",
