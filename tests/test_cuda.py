@@ -290,15 +290,15 @@ def test_without_nvcc_it_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         backend_of(load_target("cuda"), tmp_path, product_inputs="int8")
 
 
-def test_a_source_that_is_none_ends_in_nvccs_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from gammac.targets.tvm.cuda.toolkit import compile_source
-
+def test_when_nvcc_fails_its_words_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fake = tmp_path / "nvcc"
     fake.write_text("#!/bin/sh\necho 'kernels.cu(1): it is broken' >&2\nexit 2\n")
     fake.chmod(0o755)
     monkeypatch.setenv("CUDACXX", str(fake))
+    store = WeightStore()
+    module = legal(decoder(Shape(layers=1), store), store)
     with pytest.raises(CompileError, match=r"does not compile the kernels:\nkernels\.cu\(1\): it is broken"):
-        compile_source("", [ARCH])
+        cuda_emit.emit(module, store, tmp_path, ("sm_90",))
 
 
 @pytest.mark.parametrize("archs", [("sm80",), ("sm_8",), ("sm_80", "ampere"), ()])

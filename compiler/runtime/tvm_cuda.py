@@ -10,13 +10,13 @@ import numpy.typing as npt
 from gammac.diagnostics import CompileError
 from gammac.runtime.tvm_memory import HOST
 from gammac.targets.tvm.cuda.loader import load_cuda
+from gammac.targets.tvm.cuda.toolkit import REAL, VIRTUAL
 
 CUDA: Final = 2  # DLPack's device type
 POOLED_ALLOCATOR: Final = 2
 """Asking a GPU for memory takes longer than most kernels."""
 
 EXISTS, COMPUTE_VERSION = 0, 4  # TVM's numbers of device attributes
-REAL, VIRTUAL = "sm_", "compute_"
 
 
 def lacking_gpu(archs: Sequence[str]) -> str:

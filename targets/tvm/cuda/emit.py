@@ -98,7 +98,9 @@ def device_compiler(archs: Sequence[str]) -> Iterator[list[KernelReport]]:
         yield reports
     except RuntimeError as error:
         # TVM makes an error of its own of one in a callback
-        raise failed[0] if failed else error from error
+        if not failed:
+            raise
+        raise failed[0] from error
     finally:
         if before is not None:
             tvm_ffi.register_global_func(CALLBACK, before, override=True)

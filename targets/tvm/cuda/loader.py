@@ -37,7 +37,7 @@ FUNCTIONS: Final = {
         "cudaStreamSynchronize", "cudaStreamWaitEvent",
     ),
 }  # fmt: skip
-_TEXTS: Final = ("cuGetErrorName", "cuGetErrorString", "cudaGetErrorName", "cudaGetErrorString")
+_TEXTS: Final = ("cudaGetErrorName", "cudaGetErrorString")
 
 
 def load_cuda(linker: Sequence[str] | None = None) -> None:
@@ -93,6 +93,6 @@ def _stand_in(name: str, linker: Sequence[str]) -> None:
 
 
 def _function(name: str) -> str:
-    if name in _TEXTS and name.startswith("cuda"):
+    if name in _TEXTS:
         return f'const char *{name}(void) {{ return "no CUDA device"; }}\n'
     return f"int {name}(void) {{ return {NO_DEVICE}; }}\n"
