@@ -1,7 +1,7 @@
 """What the driver asks of an emitter: whether it can work here, whether it knows the model, the files."""
 
 import importlib.util
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from gammac.targets.tvm.kernels.isa import Isa
 
 TVM_VERSION: Final = "0.27."
+TVM_TOOLS: Final = ("apache-tvm", "apache-tvm-ffi")
 # leaves that one instruction or two make of four products in 8 bits: faster than floats
 DOT_PRODUCTS: Final = frozenset({"vnni512", "vnni256", "maddubs", "sdot"})
 
@@ -58,6 +59,11 @@ class Backend(Protocol):
         """Write the files of a legalized module's model into `folder`."""
         ...
 
+    def emulate(self, module: Module, store: WeightStore, folder: Path, scratch: Path) -> Path | None:
+        """A folder, made in `scratch`, whose model computes here what that in `folder` does elsewhere; None
+        if there is no such thing."""
+        ...
+
 
 @dataclass(frozen=True)
 class OnnxBackend:
@@ -82,6 +88,10 @@ class OnnxBackend:
             build=library_builder(self.cache / "library"),
         )  # fmt: skip
 
+    def emulate(self, module: Module, store: WeightStore, folder: Path, scratch: Path) -> Path | None:
+        """It runs here."""
+        return None
+
 
 @dataclass(frozen=True)
 class TvmBackend:
@@ -91,7 +101,7 @@ class TvmBackend:
     isa: "Isa"
     activations: str
     every_width: bool = True
-    tools: tuple[str, ...] = field(default=("apache-tvm", "apache-tvm-ffi"))
+    tools: tuple[str, ...] = TVM_TOOLS
 
     @property
     def elsewhere(self) -> str:
@@ -102,16 +112,58 @@ class TvmBackend:
 
     def demand(self, module: Module, ctx: Context) -> None:
         """Lower a copy of the module as far as its ops are concerned."""
-        from gammac.targets.tvm.emit import refuse_unknown
-
-        first = Pipeline((FoldConstants(), RaisePatterns(), InsertKvCache()))
-        refuse_unknown(raised(first.run(module, ctx)))
+        _demand_kernels(module, ctx)
 
     def emit(self, module: Module, store: WeightStore, folder: Path) -> list[Path]:
         """See `gammac.targets.tvm.emit`."""
         from gammac.targets.tvm.emit import emit
 
         return emit(module, store, folder, self.isa, self.activations)
+
+    def emulate(self, module: Module, store: WeightStore, folder: Path, scratch: Path) -> Path | None:
+        """Another processor's code says nothing here."""
+        return None
+
+
+@dataclass(frozen=True)
+class CudaBackend:
+    """Kernels compiled by TVM and nvcc for GPUs."""
+
+    target: Target
+    activations: str = FLOAT
+    every_width: bool = True
+    tools: tuple[str, ...] = TVM_TOOLS
+
+    @property
+    def elsewhere(self) -> str:
+        """There may be no such GPU."""
+        from gammac.runtime.tvm_cuda import lacking_gpu
+
+        return lacking_gpu(self.target.archs)
+
+    def demand(self, module: Module, ctx: Context) -> None:
+        """Lower a copy of the module as far as its ops are concerned."""
+        _demand_kernels(module, ctx)
+
+    def emit(self, module: Module, store: WeightStore, folder: Path) -> list[Path]:
+        """See `gammac.targets.tvm.cuda.emit`."""
+        from gammac.targets.tvm.cuda.emit import emit
+
+        return emit(module, store, folder, self.target.archs)
+
+    def emulate(self, module: Module, store: WeightStore, folder: Path, scratch: Path) -> Path | None:
+        """The same kernels as loops for this processor."""
+        from gammac.targets.tvm.cuda.emit import emulate
+
+        emulate(module, store, folder, scratch)
+        return scratch
+
+
+def _demand_kernels(module: Module, ctx: Context) -> None:
+    from gammac.targets.tvm.emit import refuse_unknown
+
+    first = Pipeline((FoldConstants(), RaisePatterns(), InsertKvCache()))
+    refuse_unknown(raised(first.run(module, ctx)))
 
 
 def backend_of(target: Target, cache: Path, *, portable: bool = False, product_inputs: str = "") -> Backend:
@@ -128,7 +180,7 @@ def backend_of(target: Target, cache: Path, *, portable: bool = False, product_i
     return OnnxBackend(target, not portable and find_compiler() is not None, cache)
 
 
-def _tvm(target: Target, portable: bool, product_inputs: str) -> TvmBackend:
+def _tvm(target: Target, portable: bool, product_inputs: str) -> Backend:
     missing = [name for name in ("tvm", "tvm_ffi") if importlib.util.find_spec(name) is None]
     if missing:
         raise CompileError("the TVM backend needs TVM", hint=INSTALL)
@@ -139,9 +191,26 @@ def _tvm(target: Target, portable: bool, product_inputs: str) -> TvmBackend:
         )
     if portable:
         raise CompileError("a TVM artifact is native code for a processor", hint="leave --portable out")
+    if target.archs:
+        return _cuda(target, product_inputs)
     from gammac.targets.tvm.build import demand_linker
     from gammac.targets.tvm.kernels.isa import isa_of
 
     isa = isa_of(target)
     demand_linker(isa.machine)
     return TvmBackend(target, isa, product_inputs or (INT8 if isa.leaf in DOT_PRODUCTS else FLOAT))
+
+
+def _cuda(target: Target, product_inputs: str) -> CudaBackend:
+    if product_inputs == INT8:
+        raise CompileError(
+            "the kernels for GPUs multiply floats", hint="leave --product-inputs out, or say float"
+        )
+    from gammac.targets.tvm.build import demand_linker
+    from gammac.targets.tvm.cuda.emit import launcher_isa
+    from gammac.targets.tvm.cuda.toolkit import check_archs, demand_nvcc
+
+    check_archs(target.archs)
+    demand_linker(launcher_isa().machine)
+    demand_nvcc()
+    return CudaBackend(target)

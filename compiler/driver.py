@@ -4,6 +4,7 @@ capture → passes → emit → check against the original → seal
 """
 
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -48,6 +49,8 @@ TOKENIZER_FILES: Final = (
 GRAPH_BYTES_PER_OP: Final = 500
 LIBRARY_BYTES: Final = 350_000
 SIZE_TRIES: Final = 3
+# of a check that runs a GPU's kernels as loops
+EMULATED_TOKENS: Final = 64
 LIBRARY_SUFFIXES: Final = (".so", ".dylib", ".dll")
 MODULE: Final = "module.gir"
 NO_ROLE: Final = "neither a block's linear, nor the token embedding, nor the head"
@@ -232,14 +235,27 @@ def compile_model(
     with staging(out, overwrite) as folder:
         written = _lower_within_size(plan, ctx, folder, (*observers, steps.append))
         manifest = manifest_of(plan, written)
-        check = None
-        if not plan.backend.elsewhere:
-            check = check_artifact(plan.module, written.module, ctx.store, ctx.calibration, folder, manifest)
+        check = _checked(plan, written.module, ctx, folder, manifest)
         manifest = seal(folder, manifest)
     cost = module_cost(written.module, plan.target)
     seconds = time.perf_counter() - started + plan.capture_seconds
-    notes = tuple(notes_on(plan, written.module))
+    notes = tuple(notes_on(plan, written.module, checked=check is not None))
     return Compiled(out, written.module, manifest, cost, check, tuple(steps), notes, seconds)
+
+
+def _checked(
+    plan: Plan, module: Module, ctx: Context, folder: Path, manifest: Manifest
+) -> Check[Comparison] | Check[OutputComparison] | None:
+    """The artifact against the original, or what computes the same here; None where nothing does."""
+    if not plan.backend.elsewhere:
+        return check_artifact(plan.module, module, ctx.store, ctx.calibration, folder, manifest)
+    with tempfile.TemporaryDirectory() as scratch:
+        twin = plan.backend.emulate(module, ctx.store, folder, Path(scratch))
+        if twin is None:
+            return None
+        return check_artifact(
+            plan.module, module, ctx.store, ctx.calibration, twin, manifest, tokens=EMULATED_TOKENS
+        )
 
 
 @dataclass(frozen=True)
@@ -342,7 +358,7 @@ def fallbacks(plan: Plan, module: Module) -> Iterator[tuple[str, str]]:
             yield name, f"{' or '.join(asked)} does not fit {_columns(weight)} inputs: {stored}"
 
 
-def notes_on(plan: Plan, module: Module) -> Iterator[str]:
+def notes_on(plan: Plan, module: Module, *, checked: bool) -> Iterator[str]:
     """What a user should know and might not expect."""
     left = list(not_quantized(module))
     if left:
@@ -353,8 +369,11 @@ def notes_on(plan: Plan, module: Module) -> Iterator[str]:
     rounded = {op.attrs["bits"] for op in emitted_function(module).ops if op.name == "fake_quantize"}
     if rounded:
         yield f"linears of blocks read activations of {', '.join(sorted(map(str, rounded)))} bits"
-    if plan.backend.elsewhere:
-        yield f"not checked: {plan.backend.elsewhere}"
+    elsewhere = plan.backend.elsewhere
+    if elsewhere and checked:
+        yield f"the device code was not run: {elsewhere}; checked were the same kernels as loops on the CPU"
+    elif elsewhere:
+        yield f"not checked: {elsewhere}"
     if not plan.compiler:
         yield "no C++ compiler: rows are split between 2, 4 and 8 bits; with one, every width has a kernel"
 

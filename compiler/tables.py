@@ -18,6 +18,7 @@ from gammac.summary import Row, timing_rows
 from gammac.sweep_report import Grid
 from gammac.targets.cost import Cost
 from gammac.targets.target import Target
+from gammac.targets.tvm.cuda.report import KernelReport
 
 
 def weights(title: str, rows: Sequence[Row]) -> Table:
@@ -31,6 +32,20 @@ def weights(title: str, rows: Sequence[Row]) -> Table:
         bits = (f"{row.payload_bits:.2f}", f"{row.true_bits:.2f}")
         sizes = (f"{row.bytes / 1e3:,.0f}", f"{row.seconds * 1e6:,.0f}")
         table.add_row(row.name, row.formats, str(row.weights), f"{row.parameters:,}", *bits, *sizes)
+    return table
+
+
+def device_kernels(reports: Sequence[KernelReport]) -> Table:
+    """What is known of kernels for GPUs before they run."""
+    table = Table(title="device code, as the assembler reports it; nothing was run")
+    for name in ("kernel", "arch"):
+        table.add_column(name, overflow="fold")
+    for name in ("registers", "shared bytes", "stack", "spilled", "loads: bytes×instructions"):
+        table.add_column(name, justify="right")
+    for r in reports:
+        figures = (r.registers, r.shared_bytes, r.stack_bytes, r.spill_bytes)
+        loads = " ".join(f"{size}×{r.loads[size]}" for size in sorted(r.loads, key=int))
+        table.add_row(r.kernel, r.arch, *map(str, figures), loads)
     return table
 
 

@@ -20,11 +20,14 @@ CONTEXT: Final = 512  # positions in the cache while decoding, and tokens of a p
 FLOAT_BYTES: Final = 4  # artifacts keep what is not quantized in f32
 ANY_BITS: Final = "MatMulAnyBits"
 PACKED: Final = "PackedLinear"
+WARP: Final = "WarpLinear"
 STRIP_ROWS, CHUNK_COLUMNS = 4, 64  # it pads to these
 PANEL_ROWS: Final = 16  # PackedLinear pads rows to this
 # and columns to what fills vectors of each plane that a code is cut into: 3 bits are 2 + 1
 SUPERSTEPS: Final = {1: 32, 2: 16, 3: 32, 4: 8, 5: 32, 6: 16, 7: 32, 8: 4}
 ALIGNMENT: Final = 64
+# WarpLinear pads rows to what a block of threads takes, and inputs to what a thread takes
+WARP_ROWS, WARP_COLUMNS = 16, 32
 
 Formats = Mapping[str, str]
 Sizes = dict[str, int]
@@ -77,6 +80,8 @@ def stored_bytes(rows: int, columns: int, format_: Format, target: Target, role:
         return 2 * _any_bits_bytes(rows, columns, fitted.plane, fitted.groups(columns), kernel.scale_bytes)
     if kernel.op == PACKED and isinstance(fitted, IntegerFormat | TwoFourFormat):
         return _packed_bytes(rows, columns, fitted, kernel.scale_bytes)
+    if kernel.op == WARP and isinstance(fitted, IntegerFormat):
+        return _warp_bytes(rows, columns, fitted, kernel.scale_bytes)
     if not isinstance(fitted, IntegerFormat):
         return _ceil(fitted.storage_bits(rows, columns), 8)
     groups = fitted.groups(columns)
@@ -110,14 +115,25 @@ def _packed_bytes(rows: int, columns: int, format_: IntegerFormat | TwoFourForma
     if isinstance(format_, TwoFourFormat):
         # codes are those of half the inputs, positions those of a quarter of them
         step = math.lcm(2 * SUPERSTEPS[format_.width], 4 * SUPERSTEPS[format_.index_bits])
-        symmetric = True
     else:
-        step, symmetric = SUPERSTEPS[format_.bits], format_.symmetric
+        step = SUPERSTEPS[format_.bits]
     padded = _ceil(rows, PANEL_ROWS) * PANEL_ROWS
-    groups = padded * format_.groups(columns)
-    parts = (int(padded * _ceil(columns, step) * step * format_.bits) // 8, groups * scale_bytes)
-    zeros = 0 if symmetric else groups  # a byte each
-    return sum(_ceil(part, ALIGNMENT) * ALIGNMENT for part in (*parts, zeros))
+    return _padded_bytes(padded, _ceil(columns, step) * step, format_, format_.groups(columns), scale_bytes)
+
+
+def _warp_bytes(rows: int, columns: int, format_: IntegerFormat, scale_bytes: int) -> int:
+    padded, wide = _ceil(rows, WARP_ROWS) * WARP_ROWS, _ceil(columns, WARP_COLUMNS) * WARP_COLUMNS
+    return _padded_bytes(padded, wide, format_, format_.groups(columns), scale_bytes)
+
+
+def _padded_bytes(
+    rows: int, columns: int, format_: IntegerFormat | TwoFourFormat, groups: int, scale_bytes: int
+) -> int:
+    """Codes, scales and zeros of a byte, each rounded up to the alignment."""
+    symmetric = isinstance(format_, TwoFourFormat) or format_.symmetric
+    zeros = 0 if symmetric else rows * groups
+    parts = (int(rows * columns * format_.bits) // 8, rows * groups * scale_bytes, zeros)
+    return sum(_ceil(part, ALIGNMENT) * ALIGNMENT for part in parts)
 
 
 # ---- seconds ------------------------------------------------------------------------------------

@@ -19,6 +19,8 @@ from gammac.processor import host_flags
 BLOCK: Final = "block"
 TABLE: Final = "table"
 HOST: Final = "cpu"
+# what a short name stands for, besides `cpu`, which is this machine
+ALIASES: Final[Mapping[str, str]] = {"cuda": "cuda-sm80"}
 ANY: Final = "any"  # kind of formats of a kernel that runs them all, whatever its bits and groups
 NO_EMITTER: Final = "none"  # of a target for what needs no artifact
 REFERENCE: Final = "reference"  # such a target, which gammac ships
@@ -99,6 +101,7 @@ class Target:
     attention_gflops: float
     overhead_us: Mapping[str, float]  # op -> cost of a call; "default" for the others
     kernels: tuple[Kernel, ...]
+    archs: tuple[str, ...] = ()  # of a GPU: what device code is compiled for
     tie: bool = False  # linears that read the same value get one format, so that they fuse
     measured: tuple[Measured, ...] = ()
     digest: str = ""
@@ -163,7 +166,7 @@ def target_names() -> tuple[str, ...]:
 
 
 def load_target(name_or_path: str, backend: str | None = None) -> Target:
-    """A shipped target by name, one of your own by the path of its .toml file, or `cpu`: this machine.
+    """A shipped target by name, one of your own by its .toml file's path, `cpu` (this machine) or `cuda`.
 
     `backend` picks the emitter where a target has figures for several (default: its own).
     Raises CompileError for an unknown name, a file that is not there, or one with a mistake in it.
@@ -173,11 +176,11 @@ def load_target(name_or_path: str, backend: str | None = None) -> Target:
         if not path.is_file():
             raise CompileError(f"there is no target file {name_or_path}")
         return parse_target(path.read_text(encoding="utf-8"), str(path), backend)
-    name_or_path = host_target() if name_or_path == HOST else name_or_path
+    name_or_path = host_target() if name_or_path == HOST else ALIASES.get(name_or_path, name_or_path)
     if name_or_path not in target_names():
         raise CompileError(
             f"there is no target {name_or_path!r}",
-            hint=f"there are {HOST}, {', '.join(target_names())}; or give the path of a .toml file",
+            hint=f"there are {', '.join((HOST, *ALIASES, *target_names()))}; or give the path of a .toml",
         )
     file = resources.files("gammac.targets") / f"{name_or_path}.toml"
     return parse_target(file.read_text(encoding="utf-8"), file.name, backend)

@@ -86,6 +86,7 @@ def test_it_says_what_is_wrong(runner: Path, model: Path, tmp_path: Path) -> Non
         ({"tvm": "0.1"}, "built by TVM 0.1"),
         ({"arch": "riscv64"}, "the artifact is for riscv64"),
         ({"cpu_flags": ["amx_fp128"]}, "this processor lacks amx_fp128"),
+        ({"gpus": ["sm_80"]}, "the artifact is for GPUs"),
         ({"params": [{"name": "w", "dtype": "float32", "shape": [1 << 40], "offset": 0}]}, "is too short"),
     ],
 )

@@ -23,12 +23,12 @@ def inspect(file: Path, target: str | None, every_weight: bool, weight_name: str
     """Ops, formats, bits, sizes and predicted cost of a .gir FILE or an artifact."""
     from gammac import tables
     from gammac.driver import MODULE
-    from gammac.runtime.artifact import open_artifact
+    from gammac.runtime.artifact import device_kernels, open_artifact
     from gammac.summary import by_projection, by_weight
     from gammac.targets.cost import module_cost
     from gammac.targets.target import load_target
 
-    backend = None
+    artifact, backend = None, None
     if file.is_dir():
         artifact = open_artifact(file)
         target, backend = target or artifact.manifest.target, artifact.manifest.emitter
@@ -42,6 +42,8 @@ def inspect(file: Path, target: str | None, every_weight: bool, weight_name: str
         OUT.print(line, highlight=False, markup=False)
     rows = (by_weight if every_weight else by_projection)(module, chosen)
     OUT.print(tables.weights(f"@{module.name} on {chosen.name}", rows))
+    if artifact is not None and (kernels := device_kernels(artifact)):
+        OUT.print(tables.device_kernels(kernels))
     OUT.print(tables.cost_line(module_cost(module, chosen)), highlight=False)
 
 

@@ -13,10 +13,12 @@ def targets_group(ctx: click.Context) -> None:
     """The targets; `targets show NAME` for one."""
     if ctx.invoked_subcommand is None:
         from gammac import tables
-        from gammac.targets.target import HOST, host_target, load_target, target_names
+        from gammac.targets.target import ALIASES, HOST, host_target, load_target, target_names
 
         OUT.print(tables.targets([load_target(name) for name in target_names()]))
         OUT.print(f"{HOST} stands for {host_target()} on this machine", highlight=False)
+        for name, meant in ALIASES.items():
+            OUT.print(f"{name} stands for {meant}", highlight=False)
 
 
 @targets_group.command("show")

@@ -3,6 +3,7 @@
     manifest.json          what stands here, and the sha256 of every other file
     model.onnx(.data)      the module and its weights, or
     model.so, .params, .json    its code, its weights, and what a runtime must know of them: from TVM
+    kernels.json           what is known of its device code, of an artifact for GPUs
     tokenizer.json …       what turns text into its tokens
     genai_config.json      the decoder's interface, also what onnxruntime-genai reads
 
@@ -21,6 +22,7 @@ from gammac.diagnostics import CompileError, Diagnostic
 from gammac.files import write_atomically
 from gammac.runtime.manifest import FORMAT, FileEntry, Manifest, parse_manifest
 from gammac.targets.tvm import names as tvm
+from gammac.targets.tvm.cuda.report import KernelReport, parse_reports
 
 MANIFEST: Final = "manifest.json"
 MODEL: Final = "model.onnx"
@@ -95,6 +97,17 @@ def open_artifact(folder: Path, verify: bool = True) -> Artifact:
     if found:
         raise CompileError.from_diagnostics(f"{folder} is damaged", found)
     return Artifact(folder, manifest)
+
+
+def device_kernels(artifact: Artifact) -> tuple[KernelReport, ...]:
+    """What is known of the kernels of an artifact for GPUs; nothing for others. Raises CompileError."""
+    if tvm.KERNELS_NAME not in artifact.manifest.files:
+        return ()
+    path = artifact.path(tvm.KERNELS_NAME)
+    try:
+        return parse_reports(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CompileError(f"{path} can't be read: {error}", hint=COMPILE_AGAIN) from error
 
 
 def sha256_of(path: Path) -> str:

@@ -38,14 +38,14 @@ class Check(Generic[Compared]):
 
 def check_artifact(
     original: Module, module: Module, store: WeightStore, calibration: Calibration | None, folder: Path,
-    manifest: Manifest,
+    manifest: Manifest, *, tokens: int = TOKENS,
 ) -> Check[Comparison] | Check[OutputComparison]:  # fmt: skip
     """Run `folder`'s model on one window of text (or counting tokens where there is none).
 
     Raises CompileError when it does not compute what the module says.
     """
     artifact = _session(folder, manifest)
-    window = _window(calibration, artifact.vocab_size, manifest.context)
+    window = _window(calibration, artifact.vocab_size, manifest.context, tokens)
     ours = InterpreterSession(module, store, context=manifest.context, keep_weights=False)
     theirs = InterpreterSession(original, store, context=manifest.context, keep_weights=False)
     if manifest.kind == "encoder":
@@ -65,10 +65,10 @@ def _session(folder: Path, manifest: Manifest) -> Session:
     return OnnxSession(OnnxModel(folder / MODEL, manifest.kind, manifest.context, False, library))
 
 
-def _window(calibration: Calibration | None, vocabulary: int, context: int) -> torch.Tensor:
+def _window(calibration: Calibration | None, vocabulary: int, context: int, tokens: int) -> torch.Tensor:
     if calibration is not None:
-        return calibration.tokens[:1, : min(TOKENS, context)]
-    return torch.arange(min(TOKENS, context))[None] % vocabulary
+        return calibration.tokens[:1, :tokens]
+    return torch.arange(min(tokens, context))[None] % vocabulary
 
 
 def _demand(holds: bool, found: str) -> None:

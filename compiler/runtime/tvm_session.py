@@ -17,18 +17,15 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
 from gammac.diagnostics import CompileError
 from gammac.processor import host_flags
 from gammac.runtime.session import Logits, Tokens, check_room, default_threads
+from gammac.runtime.tvm_cuda import GpuMemory, lacking_gpu
+from gammac.runtime.tvm_memory import HostMemory, zeros
 from gammac.targets.tvm.description import FUNCTIONS, Description, parse_description
 from gammac.targets.tvm.names import DESCRIPTION_NAME, INSTALL, LIBRARY_NAME, PARAMS_NAME
-from gammac.targets.tvm.params import ALIGNMENT, MappedParams
-
-CPU: Final = 1  # DLPack's device type
-NAIVE_ALLOCATOR: Final = 1
-"""What a call needs is given back when it ends; the other one keeps what every length of prompt took."""
+from gammac.targets.tvm.params import MappedParams
 
 BIG_CORES: Final = 1
 
@@ -45,10 +42,12 @@ class TvmSession:
         demand_versions(self._about)
         demand_processor(self._about)
         self._ffi = _runtime(threads or default_threads(), spinning)
-        self._functions = _load(self._ffi, folder / LIBRARY_NAME)
-        self._params = _params(self._ffi, folder / PARAMS_NAME, self._about)
-        self._token, self._past = (_zeros((1, 1), np.int64), _zeros((1,), np.int64))
-        self._step = [self._ffi.from_dlpack(a) for a in (self._token, self._past)]
+        demand_gpu(self._about)
+        self._memory = GpuMemory(self._ffi) if self._about.gpus else HostMemory(self._ffi)
+        self._functions = _load(self._ffi, folder / LIBRARY_NAME, self._memory.devices)
+        self._params = _params(self._ffi, folder / PARAMS_NAME, self._about, self._memory)
+        self._token, self._past = (zeros((1, 1), np.int64), zeros((1,), np.int64))
+        self._step = [self._memory.tensor(a) for a in (self._token, self._past)]
         self._caches = self._scratch = None
         self._length, self._capacity = 0, self.context
 
@@ -107,28 +106,21 @@ class TvmSession:
 
     def _new_caches(self) -> Any:
         # the system gives pages only when they are written
-        return self._ffi.Array([self._ffi.from_dlpack(_zeros(s, np.float32)) for s in self._about.caches])
+        return self._ffi.Array([self._memory.tensor(zeros(s, np.float32)) for s in self._about.caches])
 
     def _run(self, name: str, tokens: Tokens, past: int, caches: Any) -> Logits:
         self._past[0] = past
         ids, length = self._step
+        self._memory.write(length, self._past)
         if name == "decode":
             self._token[0, 0] = tokens[0]
+            self._memory.write(ids, self._token)
         else:
-            row = _zeros((len(tokens), 1), np.int64)
+            row = zeros((len(tokens), 1), np.int64)
             row[:, 0] = tokens
-            ids = self._ffi.from_dlpack(row)
-        out: Any = np.from_dlpack(self._functions[name](ids, length, caches, self._params))
-        logits: Logits = out
+            ids = self._memory.tensor(row)
+        logits: Logits = self._memory.read(self._functions[name](ids, length, caches, self._params))
         return logits
-
-
-def _zeros(shape: Sequence[int], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    """Zeros at a multiple of 64 bytes, as kernels want all tensors."""
-    size = prod(shape) * np.dtype(dtype).itemsize
-    raw = np.zeros(size + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 # ---- checks -------------------------------------------------------------------------------------
@@ -162,6 +154,16 @@ def demand_processor(about: Description) -> None:
     lacks = lacking(about.isa, about.arch, about.cpu_flags)
     if lacks:
         raise CompileError(lacks, hint="compile the model again on this machine, or for its target")
+
+
+def demand_gpu(about: Description) -> None:
+    """Raise CompileError where an artifact for GPUs finds none that it fits."""
+    lacks = lacking_gpu(about.gpus) if about.gpus else ""
+    if lacks:
+        raise CompileError(
+            lacks,
+            hint="run it where there is such a GPU and its driver; --target cpu compiles for this processor",
+        )
 
 
 def lacking(isa: str, machine: str, cpu_flags: Sequence[str]) -> str:
@@ -217,19 +219,19 @@ def _library_name() -> str:
     return names.get(sys.platform, "libtvm_runtime.so")
 
 
-def _load(ffi: Any, path: Path) -> dict[str, Any]:
+def _load(ffi: Any, path: Path, devices: Sequence[int]) -> dict[str, Any]:
     try:
         # a path with a folder in it: the loader would look for a bare name elsewhere
         machine = ffi.load_module(str(path.absolute()))["vm_load_executable"]()
-        machine["vm_initialization"](CPU, 0, NAIVE_ALLOCATOR)
+        machine["vm_initialization"](*devices)
         return {name: machine[name] for name in FUNCTIONS}
     except (RuntimeError, AttributeError, OSError, ValueError) as error:
         raise CompileError(f"{path.name} can't be loaded: {error}", hint="compile the model again") from error
 
 
-def _params(ffi: Any, path: Path, about: Description) -> Any:
+def _params(ffi: Any, path: Path, about: Description, memory: HostMemory | GpuMemory) -> Any:
     try:
         arrays = list(MappedParams(path, about.params).arrays())
     except (OSError, ValueError) as error:
         raise CompileError(f"{path} is damaged: {error}", hint="compile the model again") from error
-    return ffi.Array([ffi.from_dlpack(array) for array in arrays])
+    return ffi.Array([memory.tensor(array) for array in arrays])

@@ -60,25 +60,44 @@ def build_library(module: Any, isa: Isa, path: Path) -> None:
 
     Raises CompileError with the linker's words when it fails.
     """
+    build_for(isa.llvm_target(), module, isa.machine, path)
+
+
+def build_for(target: dict[str, Any], module: Any, machine: str, path: Path) -> None:
+    """As `build_library`, for a target as TVM spells it and a linker of `machine`."""
     import tvm  # type: ignore[import-untyped]
     from tvm import relax
     from tvm.target import Target  # type: ignore[import-untyped]
 
     from gammac.targets.tvm.kernels.lowering import lowering
 
-    with lowering():
-        pipeline = _pipeline(tvm, relax)
-        executable = relax.build(module, target=Target(isa.llvm_target()), relax_pipeline=pipeline)
-    executable.export_library(str(path), fcompile=partial(_link, isa.machine))
+    built_for = Target(target)
+    # what generates device code asks for the target that it is within
+    with lowering(), built_for:
+        executable = relax.build(module, target=built_for, relax_pipeline=_pipeline(tvm, relax))
+    executable.export_library(str(path), fcompile=partial(_link, machine))
 
 
 def _pipeline(tvm: Any, relax: Any) -> Any:
     """From calls of kernels to the VM's instructions. Nothing is legalized: every kernel is ours."""
     names = (
         "ToNonDataflow", "RemovePurityChecking", "CallTIRRewrite", "StaticPlanBlockMemory",
-        "LowerAllocTensor", "LowerRuntimeBuiltin", "ComputePrimValue", "VMShapeLower", "AttachGlobalSymbol",
+        "LowerAllocTensor", "LowerRuntimeBuiltin", "ComputePrimValue", "VMShapeLower",
     )  # fmt: skip
-    return tvm.transform.Sequential([getattr(relax.transform, name)() for name in names])
+    passes = [getattr(relax.transform, name)() for name in names]
+    in_order = tvm.transform.module_pass(lambda module, _: _sizes_in_order(tvm, module), opt_level=0)
+    return tvm.transform.Sequential([*passes, in_order, relax.transform.AttachGlobalSymbol()])
+
+
+def _sizes_in_order(tvm: Any, module: Any) -> Any:
+    """The function that computes sizes for a number of rows, its stores by place: TVM writes them by the
+    order of addresses, which differs from run to run. None reads what another one writes."""
+    for name, function in module.functions.items():
+        body = getattr(function, "body", None)
+        if isinstance(body, tvm.tirx.SeqStmt) and "tirx.is_host_func" in (function.attrs or {}):
+            stores = sorted(body, key=lambda store: int(store.indices[0]))
+            module.update_func(name, function.with_body(tvm.tirx.SeqStmt(stores)))
+    return module
 
 
 def _link(machine: str, output: str, objects: Sequence[str], **_: Any) -> None:

@@ -62,6 +62,9 @@ class Description:
     """Bytes of parameters that a decoding step reads."""
 
     params: tuple[Entry, ...]
+    gpus: tuple[str, ...] = ()
+    """CUDA architectures that the kernels are compiled for: sm_80 is machine code, compute_90 is PTX. None
+    where the kernels are the processor's."""
 
     def to_json(self) -> str:
         """Equal descriptions have equal texts."""
@@ -78,7 +81,7 @@ def parse_description(text: str) -> Description:
         fields = {name: value for name, value in data.items() if name != "abi"}
         entries = tuple(Entry(**{**e, "shape": tuple(e["shape"])}) for e in fields.pop("params"))
         caches = tuple(tuple(int(size) for size in shape) for shape in fields.pop("caches"))
-        flags = tuple(fields.pop("cpu_flags"))
-        return Description(params=entries, caches=caches, cpu_flags=flags, **fields)
+        flags, gpus = tuple(fields.pop("cpu_flags")), tuple(fields.pop("gpus", ()))
+        return Description(params=entries, caches=caches, cpu_flags=flags, gpus=gpus, **fields)
     except (KeyError, TypeError) as error:
         raise ValueError(f"an entry is wrong: {error}") from error

@@ -4,23 +4,25 @@ Weights are loaded, packed and written one at a time. The same module gives the 
 """
 
 from collections import Counter
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from gammac.diagnostics import CompileError, Diagnostic
 from gammac.ir import Function, Module, Op, Value, WeightRef
 from gammac.targets.tvm.build import build_library, demand_linker
+from gammac.targets.tvm.cpu import CpuDevice
 from gammac.targets.tvm.description import FUNCTIONS, Description
+from gammac.targets.tvm.device import Device
 from gammac.targets.tvm.kernels.isa import Isa
 from gammac.targets.tvm.lowering import Lowering
 from gammac.targets.tvm.lowerings import LOWERINGS, heads_of
-from gammac.targets.tvm.names import INT8, MODEL_FILES
+from gammac.targets.tvm.names import FLOAT, INT8, MODEL_FILES
 from gammac.targets.tvm.nodes import INTEGER, Tensor, whole
-from gammac.targets.tvm.params import ParamFile
+from gammac.targets.tvm.params import ParamFile, Places
 from gammac.targets.tvm.program import FunctionWriter, Program
-from gammac.targets.tvm.tir import tables
-from gammac.targets.tvm.tir.attention import BLOCK, Tiling
+from gammac.targets.tvm.tir.attention import BLOCK
 from gammac.weights import WeightStore
 
 IDS: Final = "input_ids"
@@ -35,23 +37,40 @@ def emit(module: Module, store: WeightStore, folder: Path, isa: Isa, activations
     """
     refuse_unknown(module)
     demand_linker(isa.machine)
-    function, capacity = module.functions["decode"], capacity_of(module)
     paths = [folder / name for name in MODEL_FILES]
     with ParamFile(paths[1]) as data:
-        program = Program(data)
-        writers = {}
-        for name in FUNCTIONS:
-            rows = 1 if name == "decode" else None
-            writers[name] = FunctionWriter(program, rows, last_only=name == "prefill")
-            _write(name, writers[name], module, store, isa, activations == INT8, capacity)
-    build_library(program.builder.get(), isa, paths[0])
+        written = write_program(module, store, data, CpuDevice(isa, activations == INT8))
+    build_library(written.module, isa, paths[0])
+    described = replace(
+        written.description, isa=isa.name, cpu_flags=isa.cpu_flags, arch=isa.machine, activations=activations
+    )
+    paths[2].write_text(described.to_json(), encoding="utf-8")
+    return paths
+
+
+@dataclass(frozen=True, eq=False)
+class Written:
+    """A Relax module, not built yet, and what a runtime must know of it but for the device."""
+
+    module: Any
+    description: Description
+
+
+def write_program(module: Module, store: WeightStore, data: Places, device: Device) -> Written:
+    """The functions of an artifact in a device's kernels; parameters go where `data` places them."""
+    function, capacity = module.functions["decode"], capacity_of(module)
+    program, writers = Program(data, device), {}
+    for name in FUNCTIONS:
+        rows = 1 if name == "decode" else None
+        writers[name] = FunctionWriter(program, rows, last_only=name == "prefill")
+        _write(name, writers[name], module, store, capacity)
     description = Description(
         tvm=version("apache-tvm"),
         tvm_ffi=version("apache-tvm-ffi"),
-        isa=isa.name,
-        cpu_flags=isa.cpu_flags,
-        arch=isa.machine,
-        activations=activations,
+        isa="",
+        cpu_flags=(),
+        arch="",
+        activations=FLOAT,
         vocab_size=int(str(function.returns[0].type.shape[-1])),
         context=int(str(module.attrs["max_positions"])),
         capacity=capacity,
@@ -59,8 +78,7 @@ def emit(module: Module, store: WeightStore, folder: Path, isa: Isa, activations
         read_per_token=sum(data.entries[i].nbytes for i in writers["decode"].read),
         params=tuple(data.entries),
     )
-    paths[2].write_text(description.to_json(), encoding="utf-8")
-    return paths
+    return Written(program.builder.get(), description)
 
 
 def refuse_unknown(module: Module) -> None:
@@ -96,14 +114,11 @@ def _cache_shapes(module: Module, function: Function, capacity: int) -> tuple[tu
     return tuple(shapes[i] for i in range(len(shapes)))
 
 
-def _write(
-    name: str, f: FunctionWriter, module: Module, store: WeightStore, isa: Isa, integer: bool, capacity: int
-) -> None:
+def _write(name: str, f: FunctionWriter, module: Module, store: WeightStore, capacity: int) -> None:
     function = module.functions["decode"]
     users = Counter(o for op in function.ops for o in op.operands if isinstance(o, Value))
     users.update(o for o in function.returns if isinstance(o, Value))
-    tiling = Tiling(8, 16) if isa.vector_bits >= 512 else Tiling(4, 4)
-    at = Lowering(module, store, f, isa, integer, capacity, tiling, users, function.producers())
+    at = Lowering(module, store, f, capacity, users, function.producers())
     builder = f.program.builder
     with builder.function(name, f.arguments):
         with builder.dataflow():
@@ -131,7 +146,7 @@ def _bind_parameters(at: Lowering, function: Function) -> None:
 
 def _positions(f: FunctionWriter) -> Tensor:
     out = f.type_of(f.rows, 1, INTEGER)
-    var = f.call("positions", f.rows, lambda: tables.positions(f.rows), [f.past, f.ids.var], out)
+    var = f.call("positions", f.rows, lambda: f.program.device.positions(f.rows), [f.past, f.ids.var], out)
     return Tensor(var, f.rows, 1, INTEGER)
 
 
@@ -154,5 +169,5 @@ def _keep_last_row(at: Lowering, head: Op) -> None:
 
 def _last_row(at: Lowering, x: Tensor) -> Tensor:
     width = x.width
-    var = at.f.call("last_row", width, lambda: tables.last_row(width), [x.var], at.f.type_of(1, width))
+    var = at.f.call("last_row", width, lambda: at.device.last_row(width), [x.var], at.f.type_of(1, width))
     return Tensor(var, 1, width)

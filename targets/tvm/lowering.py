@@ -6,10 +6,9 @@ from typing import Any
 
 from gammac.formats import load_float
 from gammac.ir import Module, Op, Operand, Value, WeightRef
-from gammac.targets.tvm.kernels.isa import Isa
+from gammac.targets.tvm.device import Device
 from gammac.targets.tvm.nodes import Node, Tensor
 from gammac.targets.tvm.program import FunctionWriter
-from gammac.targets.tvm.tir.attention import Tiling
 from gammac.weights import WeightStore
 
 
@@ -25,15 +24,15 @@ class Lowering:
     module: Module
     store: WeightStore
     f: FunctionWriter
-    isa: Isa
-    integer: bool
-    """Whether products with packed weights take int8."""
-
     capacity: int
-    tiling: Tiling
     users: Mapping[Value, int]
     producers: Mapping[Value, Op]
     values: dict[Value, Node] = field(default_factory=dict)
+
+    @property
+    def device(self) -> Device:
+        """Whose kernels the function calls."""
+        return self.f.program.device
 
     def node(self, operand: Operand) -> Node:
         """What stands for an operand that is no weight."""

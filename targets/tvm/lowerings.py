@@ -8,8 +8,7 @@ from gammac.ir import Op, Operand, Value, WeightRef
 from gammac.targets.tvm.lowering import Lowering, function_of
 from gammac.targets.tvm.nodes import Lazy, Node, Normed, Part, Tensor, apply, number, one_row, whole
 from gammac.targets.tvm.products import lower_embedding, lower_gated, lower_linear, lower_sum, stacked
-from gammac.targets.tvm.tir import norms, tables
-from gammac.targets.tvm.tir.attention import Heads, Rows, append, attention
+from gammac.targets.tvm.tir.attention import Heads, Rows
 
 Lower = Callable[[Lowering, Op], Sequence[Node]]
 LOWERINGS: Final[dict[str, Lower]] = {}
@@ -117,14 +116,14 @@ def _columns(at: Lowering, op: Op, start: int, width: int) -> Node:
 def _rms_norm(at: Lowering, op: Op) -> Node:
     x = at.tensor(op.operands[0])
     if op.operands[1].type.shape != (x.width,):
-        return whole(_norm(at, op, x, "rms_norm", norms.rms_norm))
+        return whole(_norm(at, op, x, "rms_norm", at.device.rms_norm))
     weight, eps = at.floats(op.operands[1]), float(str(op.attrs["eps"]))
-    return Normed(x, weight, eps, lambda: _norm(at, op, x, "rms_norm", norms.rms_norm))
+    return Normed(x, weight, eps, lambda: _norm(at, op, x, "rms_norm", at.device.rms_norm))
 
 
 @_lowering
 def _layer_norm(at: Lowering, op: Op) -> Node:
-    return whole(_norm(at, op, at.tensor(op.operands[0]), "layer_norm", norms.layer_norm))
+    return whole(_norm(at, op, at.tensor(op.operands[0]), "layer_norm", at.device.layer_norm))
 
 
 def _norm(at: Lowering, op: Op, x: Tensor, kind: str, make: Callable[..., Any]) -> Tensor:
@@ -156,9 +155,8 @@ def _gqa(at: Lowering, op: Op) -> Sequence[Node]:
     args = [at.f.past, *(t.var for t in tensors), *turn]
     width, n = h.heads * h.dim, at.f.rows
     out = at.f.type_of(n, width)
-    q = at.f.call_inplace("append", (n, h, rows), lambda: append(n, h, rows), args, caches, out)
-    sizes = (n, h, at.tiling)
-    y = at.f.call("attention", sizes, lambda: attention(*sizes), [at.f.past, q, *caches], out)
+    q = at.f.call_inplace("append", (n, h, rows), lambda: at.device.append(n, h, rows), args, caches, out)
+    y = at.f.call("attention", (n, h), lambda: at.device.attention(n, h), [at.f.past, q, *caches], out)
     return [whole(Tensor(y, n, width)), at.node(key), at.node(value)]
 
 
@@ -207,7 +205,7 @@ def _rotary(at: Lowering, op: Op, inv_freq: Operand, half: int) -> list[Any]:
         key = (n, half, scaling)
         args = [at.f.past, at.f.ids.var, at.floats(inv_freq)]
         types = [at.f.type_of(n, half)] * 2
-        both: list[Any] = at.f.call("rotary_table", key, lambda: tables.rotary_table(*key), args, types)
+        both: list[Any] = at.f.call("rotary_table", key, lambda: at.device.rotary_table(*key), args, types)
         return both
 
     made: list[Any] = at.f.shared(f"rotary {inv_freq.name} {scaling}", make)

@@ -5,6 +5,7 @@ from typing import Final
 LIBRARY_NAME: Final = "model.so"
 PARAMS_NAME: Final = "model.params"
 DESCRIPTION_NAME: Final = "model.json"
+KERNELS_NAME: Final = "kernels.json"  # of an artifact for a GPU
 MODEL_FILES: Final = (LIBRARY_NAME, PARAMS_NAME, DESCRIPTION_NAME)
 INT8: Final = "int8"
 FLOAT: Final = "float"

@@ -3,11 +3,11 @@
 Nothing in it is read or copied at load: the file is mapped, and a kernel's first touch brings a page in.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,31 @@ from gammac.targets.tvm.description import Entry
 ALIGNMENT: Final = 64
 
 Array = npt.NDArray[Any]
+
+
+class Places(Protocol):
+    """Where arrays lie in a parameter file."""
+
+    @property
+    def entries(self) -> Sequence[Entry]:
+        """The index."""
+        ...
+
+    def place(self, name: str, array: Callable[[], Array]) -> int:
+        """The place of an array in the index."""
+        ...
+
+
+class WrittenParams:
+    """A parameter file that is finished: for a second program on the same parameters."""
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        self.entries = entries
+        self._places = {entry.name: i for i, entry in enumerate(entries)}
+
+    def place(self, name: str, array: Callable[[], Array]) -> int:
+        """The place of an array that was written under this name."""
+        return self._places[name]
 
 
 class ParamFile:
@@ -35,12 +60,12 @@ class ParamFile:
     ) -> None:
         self._file.close()
 
-    def append(self, name: str, array: Array) -> int:
+    def place(self, name: str, array: Callable[[], Array]) -> int:
         """Write an array; its place in the index."""
         self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
-        array = np.ascontiguousarray(array)
-        self.entries.append(Entry(name, str(array.dtype), array.shape, self._file.tell()))
-        self._file.write(array.reshape(-1).view(np.uint8).data)
+        values = np.ascontiguousarray(array())
+        self.entries.append(Entry(name, str(values.dtype), values.shape, self._file.tell()))
+        self._file.write(values.reshape(-1).view(np.uint8).data)
         return len(self.entries) - 1
 
 

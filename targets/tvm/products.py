@@ -9,21 +9,12 @@ from gammac.ir import Op, Operand, Value, Weight, WeightRef
 from gammac.targets.tvm.kernels import (
     Layout,
     Packable,
-    decode_linear,
-    gated_linear,
-    has_layout,
-    pack,
-    prefill_linear,
     quantize_activations,
     rms_norm_quantize,
-    stacked_linear,
 )  # fmt: skip
 from gammac.targets.tvm.kernels.operands import TOKENS
 from gammac.targets.tvm.lowering import Lowering, function_of
 from gammac.targets.tvm.nodes import Deferred, Node, Normed, Tensor, whole
-from gammac.targets.tvm.tir import tables
-from gammac.targets.tvm.tir.packed_rows import packed_rows
-from gammac.targets.tvm.tir.panels import float_linear, pack_panels
 
 
 def weight_of(at: Lowering, op: Op) -> Weight:
@@ -42,15 +33,13 @@ def _sizes(weight: Weight) -> tuple[int, int]:
     return rows, columns
 
 
-def _layout(weight: Weight) -> Layout | None:
+def _layout(at: Lowering, weight: Weight) -> Layout | None:
     format_ = stored_format(weight)
     if format_ is None:
         return None
-    if not has_layout(format_):
+    if not at.device.takes(format_):
         raise CompileError(
-            f"{format_.name} has no TVM kernel",
-            loc=weight.name,
-            hint="w3g64, nf4g64 and s24w4g64 have one",
+            f"{format_.name} has no TVM kernel for this target", loc=weight.name, hint="w3g64 has one"
         )
     return Layout(format_, *_sizes(weight))
 
@@ -58,10 +47,10 @@ def _layout(weight: Weight) -> Layout | None:
 # ---- parameters ---------------------------------------------------------------------------------
 
 
-def _panels(at: Lowering, weight: Weight, *, whole: bool = True) -> Any:
-    """A float weight in panels of 16 rows."""
-    name = f"{weight.name}.panels"
-    return at.f.param(name, lambda: pack_panels(load_float(weight, at.store).numpy()), whole=whole)
+def _floats(at: Lowering, weight: Weight, *, whole: bool = True) -> Any:
+    """A float weight as products and embeddings read it."""
+    name = f"{weight.name}.floats"
+    return at.f.param(name, lambda: at.device.floats(load_float(weight, at.store).numpy()), whole=whole)
 
 
 def _packed(at: Lowering, weight: Weight, *, whole: bool = True) -> list[Any]:
@@ -70,10 +59,10 @@ def _packed(at: Lowering, weight: Weight, *, whole: bool = True) -> list[Any]:
 
     def array(kind: str) -> Any:
         if not arrays:
-            arrays.update(pack(load_quantized(weight, at.store), at.isa))
+            arrays.update(at.device.packed(load_quantized(weight, at.store)))
         return arrays[kind]
 
-    layout = _layout(weight)
+    layout = _layout(at, weight)
     assert layout is not None
     kinds = ("codes", "scales") if layout.same_zero is not None else ("codes", "scales", "zeros")
     return [
@@ -95,15 +84,12 @@ class Product(Deferred):
     def plus(self, residual: Tensor | None = None) -> Tensor:
         """x @ weight.T + bias + residual"""
         at, layout, rows = self.at, self.layout, self.rows
-        make = decode_linear if rows == 1 else prefill_linear
-        more = {"bias": bool(self.bias), "residual": residual is not None}
+        more = (bool(self.bias), residual is not None)
         added = [*self.bias, *([residual.var] if residual is not None else [])]
         self._made = _call(
-            at, "linear", layout.format, (layout, *more.values()), self.x, layout,
+            at, "linear", layout.format, (layout, *more), self.x, layout,
             [*_packed(at, self.weight), *added],
-            lambda: make(
-                layout.format, layout.rows, layout.columns, at.isa, integer=at.integer, **more
-            ).func,
+            lambda: at.device.linear(rows, layout.format, layout.rows, layout.columns, *more),
         )  # fmt: skip
         return self._made
 
@@ -112,7 +98,7 @@ def lower_linear(at: Lowering, op: Op) -> Node:
     """x @ weight.T + bias"""
     x, weight = at.node(op.operands[0]), weight_of(at, op)
     bias = [at.floats(o) for o in op.operands[2:]]
-    layout = _layout(weight)
+    layout = _layout(at, weight)
     if layout is None:
         return whole(_float_product(at, at.f.tensor(x), weight, bias))
     return Product(at, x, weight, layout, bias)
@@ -146,27 +132,27 @@ def _join(at: Lowering, gate: Product, up: Product) -> bool:
     """Whether one kernel can compute both."""
     a, b = gate.layout, up.layout
     plain = gate.pending and up.pending and not gate.bias and not up.bias
-    return plain and gate.x is up.x and a.rows == b.rows and (not at.integer or a.segment == b.segment)
+    return plain and gate.x is up.x and a.rows == b.rows and (not at.device.integer or a.segment == b.segment)
 
 
 def stacked(at: Lowering, operands: Sequence[Operand]) -> Tensor | None:
     """Products that nothing else reads, in one kernel and side by side; None for what is otherwise."""
+    if not at.device.stacks:
+        return None
     nodes = [at.values.get(o) if isinstance(o, Value) and at.alone(o) else None for o in operands]
     parts = [node for node in nodes if isinstance(node, Product) and node.pending and not node.bias]
     if len(parts) < len(nodes) or len(parts) < 2:
         return None
     first, layouts = parts[0], [part.layout for part in parts]
-    alike = len({layout.segment for layout in layouts}) == 1 or not at.integer
+    alike = len({layout.segment for layout in layouts}) == 1 or not at.device.integer
     if not alike or any(part.x is not first.x for part in parts):
         return None
     formats, rows = tuple(layout.format for layout in layouts), tuple(layout.rows for layout in layouts)
-    inputs = _quantized(at, first.x, layouts[0]) if at.integer else [at.f.tensor(first.x).var]
+    inputs = _quantized(at, first.x, layouts[0]) if at.device.integer else [at.f.tensor(first.x).var]
     weights = [array for part in parts for array in _packed(at, part.weight)]
     var = at.f.call(
         f"stacked{'' if first.x.rows == 1 else '_many'}", (first.x.rows, formats, rows, layouts[0].columns),
-        lambda: stacked_linear(
-            formats, rows, layouts[0].columns, at.isa, integer=at.integer, tokens=first.x.rows or TOKENS
-        ).func,
+        lambda: at.device.stacked(first.x.rows, formats, rows, layouts[0].columns),
         [*inputs, *weights], at.f.type_of(first.x.rows, sum(rows)),
     )  # fmt: skip
     return Tensor(var, first.x.rows, sum(rows))
@@ -177,10 +163,7 @@ def _gated(at: Lowering, gate: Product, up: Product, activation: str) -> Tensor:
     return _call(
         at, "gated", a.format, (a, b, activation), gate.x, a,
         [*_packed(at, gate.weight), *_packed(at, up.weight)],
-        lambda: gated_linear(
-            (a.format, b.format), a.rows, a.columns, at.isa,
-            integer=at.integer, tokens=gate.x.rows or TOKENS, activation=activation,
-        ).func,
+        lambda: at.device.gated(gate.x.rows, (a.format, b.format), a.rows, a.columns, activation),
     )  # fmt: skip
 
 
@@ -189,7 +172,7 @@ def _call(
     more: list[Any], make: Callable[[], Any],
 ) -> Tensor:  # fmt: skip
     """A kernel of `layout.rows` outputs that reads x, in int8 where products do."""
-    inputs = _quantized(at, x, layout) if at.integer else [at.f.tensor(x).var]
+    inputs = _quantized(at, x, layout) if at.device.integer else [at.f.tensor(x).var]
     name = f"{kind}_{format_.name.replace('-', '_')}{'' if x.rows == 1 else '_many'}"
     var = at.f.call(name, (x.rows, *key), make, [*inputs, *more], at.f.type_of(x.rows, layout.rows))
     return Tensor(var, x.rows, layout.rows)
@@ -198,9 +181,11 @@ def _call(
 def _float_product(at: Lowering, x: Tensor, weight: Weight, bias: list[Any]) -> Tensor:
     outputs, inputs = _sizes(weight)
     key = (x.rows, outputs, inputs, bool(bias))
-    args = [x.var, _panels(at, weight), *bias]
+    args = [x.var, _floats(at, weight), *bias]
     out = at.f.type_of(x.rows, outputs)
-    return Tensor(at.f.call("float_linear", key, lambda: float_linear(*key), args, out), x.rows, outputs)
+    return Tensor(
+        at.f.call("float_linear", key, lambda: at.device.float_linear(*key), args, out), x.rows, outputs
+    )
 
 
 def _quantized(at: Lowering, x: Node, layout: Layout) -> list[Any]:
@@ -231,12 +216,12 @@ def _quantized(at: Lowering, x: Node, layout: Layout) -> list[Any]:
 def lower_embedding(at: Lowering, op: Op) -> Node:
     """Rows of a table."""
     ids, weight = at.tensor(op.operands[0]), weight_of(at, op)
-    layout, (entries, width) = _layout(weight), _sizes(weight)
+    layout, (entries, width) = _layout(at, weight), _sizes(weight)
     out = at.f.type_of(ids.rows, width)
     if layout is None:
         key = (ids.rows, entries, width)
-        args = [ids.var, _panels(at, weight, whole=False)]
-        var = at.f.call("embedding", key, lambda: tables.embedding(*key), args, out)
+        args = [ids.var, _floats(at, weight, whole=False)]
+        var = at.f.call("embedding", key, lambda: at.device.embedding(*key), args, out)
     elif layout.levels:
         raise CompileError(
             f"tables in {layout.format.name} have no TVM kernel", loc=weight.name, hint="w8g64 has one"
@@ -244,6 +229,7 @@ def lower_embedding(at: Lowering, op: Op) -> Node:
     else:
         args = [ids.var, *_packed(at, weight, whole=False)]
         var = at.f.call(
-            "packed_rows", (ids.rows, layout), lambda: packed_rows(ids.rows, layout, at.isa), args, out
-        )
+            "packed_rows", (ids.rows, layout),
+            lambda: at.device.packed_rows(ids.rows, layout.format, entries, width), args, out,
+        )  # fmt: skip
     return whole(Tensor(var, ids.rows, width))

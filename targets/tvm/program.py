@@ -5,15 +5,17 @@ from typing import Any
 
 from tvm import relax, tirx  # type: ignore[import-untyped]
 
+from gammac.targets.tvm.device import Device
 from gammac.targets.tvm.nodes import FLOAT, INTEGER, Deferred, Node, Part, Tensor
-from gammac.targets.tvm.params import Array, ParamFile
-from gammac.targets.tvm.tir.elementwise import Apply, Source, Tree, elementwise
+from gammac.targets.tvm.params import Array, Places
+from gammac.targets.tvm.tir.elementwise import Apply, Source, Tree
 
 
 class Program:
     """Kernels by key, parameters by name, functions."""
 
-    def __init__(self, data: ParamFile) -> None:
+    def __init__(self, data: Places, device: Device) -> None:
+        self.device = device
         self.builder = relax.BlockBuilder()
         self._data = data
         self._kernels: dict[str, Any] = {}
@@ -31,7 +33,7 @@ class Program:
     def param(self, name: str, array: Callable[[], Array]) -> int:
         """The place of a parameter, written at the first mention of its name."""
         if name not in self._params:
-            self._params[name] = self._data.append(name, array())
+            self._params[name] = self._data.place(name, array)
         return self._params[name]
 
     def param_type(self, index: int) -> Any:
@@ -134,10 +136,11 @@ class FunctionWriter:
                 variables.append(var)
             return next(i for i, other in enumerate(variables) if other is var)
 
-        tree = node.tree(register)
+        device, tree = self.program.device, node.tree(register)
         key = (node.rows, node.width, node.dtype, str(tree), tuple(_widths(tree)))
         var = self.call(
-            "elementwise", key, lambda: elementwise(node.rows, node.width, tree, node.dtype), variables,
+            "elementwise", key, lambda: device.elementwise(node.rows, node.width, tree, node.dtype),
+            variables,
             self.type_of(node.rows, node.width, node.dtype),
         )  # fmt: skip
         return Tensor(var, node.rows, node.width, node.dtype)

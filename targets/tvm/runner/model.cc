@@ -69,6 +69,9 @@ void demand_processor(const Object& about) {
   uname(&here);
   const std::string arch = about.get<ffi::String>("arch");
   if (arch != here.machine) throw Refusal{"the artifact is for " + arch + ", this is " + here.machine};
+  if (!about.find<ffi::json::Array>("gpus").value_or(ffi::json::Array()).empty()) {
+    throw Refusal{"the artifact is for GPUs, this runner is not: gammac run runs it"};
+  }
   const std::set<std::string> flags = processor_flags();
   for (const ffi::Any& wanted : about.get<ffi::json::Array>("cpu_flags")) {
     const std::string flag = wanted.cast<ffi::String>();

@@ -1,0 +1,90 @@
+"""The CPU: vectors of 16 lanes, threads over panels of rows, an instruction set that LLVM is told."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeGuard
+
+from gammac.formats import Format, Quantized
+from gammac.targets.tvm.kernels import (
+    Isa,
+    Layout,
+    Packable,
+    decode_linear,
+    gated_linear,
+    has_layout,
+    pack,
+    prefill_linear,
+    stacked_linear,
+)
+from gammac.targets.tvm.kernels.operands import TOKENS
+from gammac.targets.tvm.params import Array
+from gammac.targets.tvm.tir import norms, tables
+from gammac.targets.tvm.tir.attention import Heads, Tiling, append, attention
+from gammac.targets.tvm.tir.elementwise import elementwise
+from gammac.targets.tvm.tir.packed_rows import packed_rows
+from gammac.targets.tvm.tir.panels import float_linear, pack_panels
+
+
+@dataclass(frozen=True)
+class CpuDevice:
+    """Kernels for an instruction set. See `Device` for what each method gives."""
+
+    isa: Isa
+    integer: bool
+    stacks: ClassVar[bool] = True
+
+    elementwise = staticmethod(elementwise)
+    rms_norm = staticmethod(norms.rms_norm)
+    layer_norm = staticmethod(norms.layer_norm)
+    positions = staticmethod(tables.positions)
+    last_row = staticmethod(tables.last_row)
+    rotary_table = staticmethod(tables.rotary_table)
+    embedding = staticmethod(tables.embedding)
+    append = staticmethod(append)
+    float_linear = staticmethod(float_linear)
+    floats = staticmethod(pack_panels)
+
+    def takes(self, format_: Format) -> TypeGuard[Packable]:
+        """See `Device`."""
+        return has_layout(format_)
+
+    def packed_rows(self, rows: int | None, format_: Packable, entries: int, width: int) -> Any:
+        """See `Device`."""
+        return packed_rows(rows, Layout(format_, entries, width), self.isa)
+
+    def attention(self, rows: int | None, heads: Heads) -> Any:
+        """See `Device`."""
+        return attention(rows, heads, Tiling(8, 16) if self.isa.vector_bits >= 512 else Tiling(4, 4))
+
+    def linear(
+        self, rows: int | None, format_: Packable, outputs: int, inputs: int, bias: bool, residual: bool
+    ) -> Any:
+        """See `Device`."""
+        make = decode_linear if rows == 1 else prefill_linear
+        more = {"bias": bias, "residual": residual, "integer": self.integer}
+        return make(format_, outputs, inputs, self.isa, **more).func
+
+    def gated(
+        self,
+        rows: int | None,
+        formats: tuple[Packable, Packable],
+        outputs: int,
+        inputs: int,
+        activation: str,
+    ) -> Any:
+        """See `Device`."""
+        return gated_linear(
+            formats, outputs, inputs, self.isa, integer=self.integer, tokens=rows or TOKENS,
+            activation=activation,
+        ).func  # fmt: skip
+
+    def stacked(
+        self, rows: int | None, formats: tuple[Packable, ...], outputs: tuple[int, ...], inputs: int
+    ) -> Any:
+        """See `Device`."""
+        return stacked_linear(
+            formats, outputs, inputs, self.isa, integer=self.integer, tokens=rows or TOKENS
+        ).func
+
+    def packed(self, quantized: Quantized) -> dict[str, Array]:
+        """See `Device`."""
+        return pack(quantized, self.isa)
