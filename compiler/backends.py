@@ -1,7 +1,8 @@
 """What the driver asks of an emitter: whether it can work here, whether it knows the model, the files."""
 
 import importlib.util
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from gammac.targets.tvm.kernels.isa import Isa
 
 TVM_VERSION: Final = "0.27."
-# leaves that one instruction or two make of four products in 8 bits: faster than floats
-DOT_PRODUCTS: Final = frozenset({"vnni512", "vnni256", "maddubs", "sdot"})
 
 
 class Backend(Protocol):
@@ -50,6 +49,15 @@ class Backend(Protocol):
         """Why what is emitted can't run on this machine, or nothing."""
         ...
 
+    @property
+    def code(self) -> Mapping[str, str]:
+        """What native code is made for: its triple, core and features; nothing where there is none."""
+        ...
+
+    def stand_in(self) -> "Backend | None":
+        """The same emitter for this machine, to try what was emitted for another; None without one."""
+        ...
+
     def demand(self, module: Module, ctx: Context) -> None:
         """Raise CompileError for a captured module that can't be emitted, before any long work."""
         ...
@@ -69,6 +77,11 @@ class OnnxBackend:
     activations: str = INT8
     tools: tuple[str, ...] = ()
     elsewhere: str = ""
+    code: Mapping[str, str] = field(default_factory=dict)
+
+    def stand_in(self) -> Backend | None:
+        """There is no other machine."""
+        return None
 
     def demand(self, module: Module, ctx: Context) -> None:
         """Whatever is captured has a form in ONNX, or says so when it is lowered."""
@@ -99,6 +112,20 @@ class TvmBackend:
         from gammac.runtime.tvm_session import lacking
 
         return lacking(self.isa.name, self.isa.machine, self.isa.cpu_flags)
+
+    @property
+    def code(self) -> Mapping[str, str]:
+        """What LLVM is told."""
+        return self.isa.code
+
+    def stand_in(self) -> Backend | None:
+        """This machine's instruction set, if there are kernels for it."""
+        from gammac.targets.tvm.kernels.isa import host_isa
+
+        try:
+            return replace(self, isa=host_isa())
+        except CompileError:
+            return None
 
     def demand(self, module: Module, ctx: Context) -> None:
         """Lower a copy of the module as far as its ops are concerned."""
@@ -139,9 +166,11 @@ def _tvm(target: Target, portable: bool, product_inputs: str) -> TvmBackend:
         )
     if portable:
         raise CompileError("a TVM artifact is native code for a processor", hint="leave --portable out")
-    from gammac.targets.tvm.build import demand_linker
+    from gammac.targets.tvm.build import demand_core
     from gammac.targets.tvm.kernels.isa import isa_of
+    from gammac.targets.tvm.toolchain import demand_linker
 
     isa = isa_of(target)
     demand_linker(isa.machine)
-    return TvmBackend(target, isa, product_inputs or (INT8 if isa.leaf in DOT_PRODUCTS else FLOAT))
+    demand_core(isa)
+    return TvmBackend(target, isa, product_inputs or INT8)

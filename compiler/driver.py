@@ -13,6 +13,7 @@ from typing import Any, Final
 from gammac.backends import Backend, backend_of
 from gammac.budget import SIZE, Budget, parse_budgets
 from gammac.cache import PassCache, key_of
+from gammac.closing_check import closing_check
 from gammac.diagnostics import CompileError
 from gammac.files import write_atomically
 from gammac.formats import parse_format, parse_formats
@@ -29,7 +30,7 @@ from gammac.passes.sensitivity import NEED_NEXT_TOKEN
 from gammac.pipeline import Context, Observer, Pipeline, Step
 from gammac.progress import Progress, no_progress
 from gammac.runtime.artifact import seal
-from gammac.runtime.check import Check, check_artifact
+from gammac.runtime.check import Check
 from gammac.runtime.evaluate import Comparison, OutputComparison
 from gammac.runtime.manifest import TOOLS, Manifest, tool_versions
 from gammac.runtime.staging import check_writable, staging
@@ -104,10 +105,11 @@ class Compiled:
     module: Module
     manifest: Manifest
     cost: Cost
-    check: Check[Comparison] | Check[OutputComparison] | None  # None: this machine can't run the artifact
+    check: Check[Comparison] | Check[OutputComparison] | None  # None: nothing could be run
     steps: tuple[Step, ...]
     notes: tuple[str, ...]
     seconds: float
+    elsewhere: str = ""  # why this machine can't run it
 
 
 def resolve(model: str, trust_remote_code: bool = False) -> Source:
@@ -220,14 +222,15 @@ def compile_model(
     with staging(out, overwrite) as folder:
         written = _lower_within_size(plan, ctx, folder, (*observers, steps.append))
         manifest = manifest_of(plan, written)
-        check = None
-        if not plan.backend.elsewhere:
-            check = check_artifact(plan.module, written.module, ctx.store, ctx.calibration, folder, manifest)
+        checked = closing_check(
+            plan.backend, plan.module, written.module, ctx, folder, manifest, plan.folder
+        )  # fmt: skip
         manifest = seal(folder, manifest)
     cost = module_cost(written.module, plan.target)
     seconds = time.perf_counter() - started + plan.capture_seconds
-    notes = tuple(notes_on(plan, written.module))
-    return Compiled(out, written.module, manifest, cost, check, tuple(steps), notes, seconds)
+    notes = (*notes_on(plan, written.module), *filter(None, [checked.note]))
+    found = (checked.check, tuple(steps), notes, seconds, plan.backend.elsewhere)
+    return Compiled(out, written.module, manifest, cost, *found)
 
 
 @dataclass(frozen=True)
@@ -302,6 +305,7 @@ def manifest_of(plan: Plan, written: Written) -> Manifest:
         fallbacks=dict(fallbacks(plan, module)),
         library=written.library,
         activations=plan.backend.activations,
+        code=plan.backend.code,
         tools=tool_versions((*TOOLS, *plan.backend.tools)),
     )
 
@@ -341,8 +345,6 @@ def notes_on(plan: Plan, module: Module) -> Iterator[str]:
     rounded = {op.attrs["bits"] for op in emitted_function(module).ops if op.name == "fake_quantize"}
     if rounded:
         yield f"linears of blocks read activations of {', '.join(sorted(map(str, rounded)))} bits"
-    if plan.backend.elsewhere:
-        yield f"not checked: {plan.backend.elsewhere}"
     if not plan.compiler:
         yield "no C++ compiler: rows are split between 2, 4 and 8 bits; with one, every width has a kernel"
 

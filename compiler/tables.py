@@ -64,7 +64,8 @@ def closing_lines(compiled: Compiled) -> Iterator[str]:
     yield from (f"note: {note}" for note in compiled.notes)
     yield f"took {compiled.seconds:.0f} s, at most {peak_rss_bytes() / 1e9:.2f} GB of memory"
     verb = "run" if manifest.kind == "decoder" else "inspect"
-    yield f"next: gammac {verb} {compiled.folder}" + (" --prompt …" if verb == "run" else "")
+    where = ", on the device" if compiled.elsewhere else ""
+    yield f"next{where}: gammac {verb} {compiled.folder}" + (" --prompt …" if verb == "run" else "")
 
 
 def _rounding_line(compiled: Compiled) -> Iterator[str]:

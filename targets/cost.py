@@ -2,6 +2,7 @@
 
 Seconds of a linear: a measured row if the target has one, else the call's overhead plus the slowest of
 reading its bytes, decoding its weights (which below 4 bits takes longer than reading them) and multiplying.
+Rates are those of analysed rows where there are any, else of the kernel's row.
 """
 
 from collections import defaultdict
@@ -127,9 +128,10 @@ def linear_seconds(
         work = flops / (target.float_gflops * target.threads * 1e9) if tokens > 1 else 0.0
         return overhead("linear", target) + max(FLOAT_BYTES * rows * columns / target.bandwidth, work)
     fitted, kernel = format_.fit(columns), kernel_of(format_, columns, target, role)
+    gweights, gflops = target.rates(fitted, kernel)
     reading = stored_bytes(rows, columns, fitted, target, role) / target.bandwidth
-    decoding = rows * columns / (kernel.rate(kernel.gweights, fitted) * target.threads * 1e9)
-    work = flops / (kernel.rate(kernel.gflops, fitted) * target.threads * 1e9) if tokens > 1 else 0.0
+    decoding = rows * columns / (gweights * target.threads * 1e9)
+    work = flops / (gflops * target.threads * 1e9) if tokens > 1 else 0.0
     return overhead("linear", target) + max(reading, decoding, work)
 
 

@@ -8,6 +8,7 @@ import hashlib
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
+from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from typing import Any, Final
@@ -21,6 +22,7 @@ TABLE: Final = "table"
 HOST: Final = "cpu"
 ANY: Final = "any"  # kind of formats of a kernel that runs them all, whatever its bits and groups
 NO_EMITTER: Final = "none"  # of a target for what needs no artifact
+ALIASES: Final = {"edge": "edge-aarch64-rpi5"}
 REFERENCE: Final = "reference"  # such a target, which gammac ships
 # what a processor must have for a target; the first that fits is this machine's
 HOSTS: Final = (
@@ -82,6 +84,20 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Analysed:
+    """Rates of integer formats of a width on one thread, from the code that the emitter writes.
+
+    They take the place of a `Kernel`'s; the row of the largest group counts that is not above a format's.
+    """
+
+    bits: int
+    group: int
+    gweights: float
+    gflops: float
+    source: str
+
+
+@dataclass(frozen=True)
 class Target:
     """A device and the runtime on it. Rates are for one thread unless said."""
 
@@ -99,8 +115,12 @@ class Target:
     attention_gflops: float
     overhead_us: Mapping[str, float]  # op -> cost of a call; "default" for the others
     kernels: tuple[Kernel, ...]
+    cpu: str = ""  # the core that code is for, as LLVM spells it, and what it has beyond that: "+dotprod"
+    features: tuple[str, ...] = ()
+    ghz: float = 0.0
     tie: bool = False  # linears that read the same value get one format, so that they fuse
     measured: tuple[Measured, ...] = ()
+    analysed: tuple[Analysed, ...] = ()
     digest: str = ""
 
     @property
@@ -115,6 +135,15 @@ class Target:
         fitted = format_.fit(in_features)
         rows = (k for k in self.kernels if k.role == role and k.runs(fitted))
         return next((k for k in rows if compiler or not k.needs_compiler), None)
+
+    def rates(self, format_: Format, kernel: Kernel) -> tuple[float, float]:
+        """10^9 weights a second for one token, and 10^9 operations for many, of one thread."""
+        rows = [a for a in self.analysed if format_.kind == INTEGER and a.bits == format_.bits]
+        if not rows:
+            return kernel.rate(kernel.gweights, format_), kernel.rate(kernel.gflops, format_)
+        below = [a for a in rows if not format_.group or a.group <= format_.group]
+        row = max(below, key=lambda a: a.group) if below else min(rows, key=lambda a: a.group)
+        return row.gweights, row.gflops
 
     def kinds(self, role: str, *, compiler: bool) -> frozenset[str]:
         """The kinds of formats that it runs fast."""
@@ -171,11 +200,12 @@ def load_target(name_or_path: str, backend: str | None = None) -> Target:
         if not path.is_file():
             raise CompileError(f"there is no target file {name_or_path}")
         return parse_target(path.read_text(encoding="utf-8"), str(path), backend)
-    name_or_path = host_target() if name_or_path == HOST else name_or_path
+    name_or_path = host_target() if name_or_path == HOST else ALIASES.get(name_or_path, name_or_path)
     if name_or_path not in target_names():
+        names = ", ".join((HOST, *ALIASES, *target_names()))
         raise CompileError(
             f"there is no target {name_or_path!r}",
-            hint=f"there are {HOST}, {', '.join(target_names())}; or give the path of a .toml file",
+            hint=f"there are {names}; or give the path of a .toml file",
         )
     file = resources.files("gammac.targets") / f"{name_or_path}.toml"
     return parse_target(file.read_text(encoding="utf-8"), file.name, backend)
@@ -193,7 +223,9 @@ def parse_target(text: str, where: str = "<target>", backend: str | None = None)
     kernels = [_record(Kernel, row, f"{where}: kernel") for row in _rows(table, "kernel", where)]
     measured = [_record(Measured, row, f"{where}: measured") for row in _rows(table, "measured", where)]
     digest = "sha256:" + hashlib.sha256(text.encode()).hexdigest()
-    target = _record(Target, {**table, "kernels": kernels, "measured": measured, "digest": digest}, where)
+    analysed = [_record(Analysed, row, f"{where}: analysed") for row in _rows(table, "analysed", where)]
+    rows = {"kernels": kernels, "measured": measured, "analysed": analysed}
+    target = _record(Target, {**table, **rows, "digest": digest}, where)
     assert isinstance(target, Target)
     if "default" not in target.overhead_us:
         raise CompileError(f"{where}: overhead_us lacks default")
@@ -205,7 +237,7 @@ def _of_backend(table: dict[str, Any], others: Mapping[str, Any], backend: str, 
     if backend not in others:
         there = ", ".join((str(table.get("emitter")), *others))
         raise CompileError(f"{where} has no figures for the backend {backend!r}", hint=f"it has {there}")
-    kept = {key: value for key, value in table.items() if key not in ("kernel", "measured")}
+    kept = {key: value for key, value in table.items() if key not in ("kernel", "measured", "analysed")}
     return {**kept, **others[backend], "emitter": backend}
 
 
@@ -223,7 +255,11 @@ def _record(kind: type[Any], row: Mapping[str, Any], where: str) -> Any:
     missing = [n for n, f in known.items() if f.default is MISSING and n not in row]
     if unknown or missing:
         said = f"does not know {', '.join(unknown)}" if unknown else f"lacks {', '.join(missing)}"
-        raise CompileError(f"{where} {said}", hint=f"it has {', '.join(n for n in known if n != 'digest')}")
+        names = [n for n in known if n != "digest"]
+        near = get_close_matches(unknown[0], names, 1) if unknown else []
+        raise CompileError(
+            f"{where} {said}", hint=f"did you mean {near[0]}?" if near else f"it has {', '.join(names)}"
+        )
     return kind(**{key: _value(known[key].type, value, f"{where}: {key}") for key, value in row.items()})
 
 

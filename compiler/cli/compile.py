@@ -87,7 +87,7 @@ class StrategyOption(click.Option):
 @click.option(
     "--product-inputs",
     type=click.Choice(["int8", "float"]),
-    help="tvm: what products with quantized weights take (default: int8 where there are dot products).",
+    help="tvm: what products with quantized weights take (default: int8).",
 )
 @shared_options
 @click.option("--seed", default=0, show_default=True)

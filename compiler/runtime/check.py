@@ -38,14 +38,15 @@ class Check(Generic[Compared]):
 
 def check_artifact(
     original: Module, module: Module, store: WeightStore, calibration: Calibration | None, folder: Path,
-    manifest: Manifest,
+    manifest: Manifest, session: Session | None = None, tokens: int = TOKENS,
 ) -> Check[Comparison] | Check[OutputComparison]:  # fmt: skip
     """Run `folder`'s model on one window of text (or counting tokens where there is none).
 
+    `session` runs it where this machine alone can't.
     Raises CompileError when it does not compute what the module says.
     """
-    artifact = _session(folder, manifest)
-    window = _window(calibration, artifact.vocab_size, manifest.context)
+    artifact = session or _session(folder, manifest)
+    window = _window(calibration, artifact.vocab_size, manifest.context)[:, :tokens]
     ours = InterpreterSession(module, store, context=manifest.context, keep_weights=False)
     theirs = InterpreterSession(original, store, context=manifest.context, keep_weights=False)
     if manifest.kind == "encoder":

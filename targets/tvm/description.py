@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any, Final
 
@@ -62,6 +62,8 @@ class Description:
     """Bytes of parameters that a decoding step reads."""
 
     params: tuple[Entry, ...]
+    code: Mapping[str, str] = field(default_factory=dict)
+    """The triple, the core and its features that the code was made for; older artifacts don't say."""
 
     def to_json(self) -> str:
         """Equal descriptions have equal texts."""

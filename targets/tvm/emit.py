@@ -10,7 +10,7 @@ from typing import Final
 
 from gammac.diagnostics import CompileError, Diagnostic
 from gammac.ir import Function, Module, Op, Value, WeightRef
-from gammac.targets.tvm.build import build_library, demand_linker
+from gammac.targets.tvm.build import build_library
 from gammac.targets.tvm.description import FUNCTIONS, Description
 from gammac.targets.tvm.kernels.isa import Isa
 from gammac.targets.tvm.lowering import Lowering
@@ -21,6 +21,7 @@ from gammac.targets.tvm.params import ParamFile
 from gammac.targets.tvm.program import FunctionWriter, Program
 from gammac.targets.tvm.tir import tables
 from gammac.targets.tvm.tir.attention import BLOCK, Tiling
+from gammac.targets.tvm.toolchain import demand_linker
 from gammac.weights import WeightStore
 
 IDS: Final = "input_ids"
@@ -58,6 +59,7 @@ def emit(module: Module, store: WeightStore, folder: Path, isa: Isa, activations
         caches=_cache_shapes(module, function, capacity),
         read_per_token=sum(data.entries[i].nbytes for i in writers["decode"].read),
         params=tuple(data.entries),
+        code=isa.code,
     )
     paths[2].write_text(description.to_json(), encoding="utf-8")
     return paths

@@ -1,6 +1,8 @@
 // gammac-run FOLDER [--new N] [--threads N] [--end ID]... ID...
+// gammac-run FOLDER --logits [--threads N] ID...
 //
-// Continues a text of token ids with the likeliest tokens, an id a line, without Python.
+// Continues a text of token ids with the likeliest tokens, an id a line, without Python. Or writes the logits
+// behind each of the ids, f32 [ids, vocabulary] as bytes.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -11,11 +13,12 @@
 
 namespace {
 
-constexpr const char* kUsage = "gammac-run FOLDER [--new N] [--threads N] [--end ID]... ID...";
+constexpr const char* kUsage = "gammac-run FOLDER [--logits] [--new N] [--threads N] [--end ID]... ID...";
 
 struct Wish {
   std::string folder;
   int64_t count = 128;
+  bool logits = false;
   int threads = static_cast<int>(std::thread::hardware_concurrency());
   std::set<int64_t> ends;
   std::vector<int64_t> tokens;
@@ -34,6 +37,10 @@ Wish parse(int argc, char** argv) {
   Wish wish;
   for (int i = 1; i < argc; ++i) {
     const bool option = std::strncmp(argv[i], "--", 2) == 0;
+    if (std::strcmp(argv[i], "--logits") == 0) {
+      wish.logits = true;
+      continue;
+    }
     if (option && i + 1 == argc) throw gammac::Refusal{std::string(argv[i]) + " wants a number"};
     if (std::strcmp(argv[i], "--new") == 0) {
       wish.count = number(argv[++i]);
@@ -56,6 +63,11 @@ Wish parse(int argc, char** argv) {
 
 void run(const Wish& wish) {
   gammac::Model model(wish.folder, wish.threads);
+  if (wish.logits) {
+    const std::vector<float> found = model.logits(wish.tokens);
+    std::fwrite(found.data(), sizeof(float), found.size(), stdout);
+    return;
+  }
   std::vector<int64_t> tokens = wish.tokens;
   const int64_t room = model.context() - static_cast<int64_t>(tokens.size());
   const int64_t count = room > 0 && room < wish.count ? room : wish.count;

@@ -1,0 +1,49 @@
+"""Weights and inputs for kernels with packed weights, and how far a result is from the exact one."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from gammac.formats import IntegerFormat, Quantized
+from gammac.targets.tvm.kernels import Layout
+
+EPSILON = float(np.finfo(np.float32).eps)
+
+
+def random_weight(format_: IntegerFormat, rows: int, columns: int, seed: int = 0) -> Quantized:
+    rng = np.random.default_rng(seed)
+    groups = (rows, format_.groups(columns))
+
+    def codes(shape: tuple[int, int]) -> torch.Tensor:
+        return torch.from_numpy(rng.integers(0, format_.levels + 1, shape, dtype=np.uint8))
+
+    scales = torch.from_numpy((rng.random(groups) * 0.1 + 0.01).astype(np.float16))
+    return format_.quantized(codes((rows, columns)), scales, None if format_.symmetric else codes(groups))
+
+
+def quantized_inputs(x: Any, layout: Layout) -> tuple[dict[str, Any], Any]:
+    """int8 activations as `quantize_activations` states them, and the numbers that they stand for."""
+    tokens, columns = x.shape
+    groups = -(-columns // layout.segment)
+    padded = np.zeros((tokens, groups * layout.segment), np.float32)
+    padded[:, :columns] = x
+    parts = padded.reshape(tokens, groups, layout.segment)
+    largest = np.abs(parts).max(-1)
+    inverse = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0)
+    codes = np.rint(parts * inverse[..., None]).astype(np.int8)
+    scales = largest * np.float32(1 / 127)
+    flat = np.zeros((tokens, layout.padded_columns), np.int8)
+    flat[:, :columns] = codes.reshape(tokens, -1)[:, :columns]
+    meant = (codes * scales[..., None].astype(np.float64)).reshape(tokens, -1)[:, :columns]
+    return {"x_codes": flat, "x_scales": scales, "x_sums": codes.sum(-1, dtype=np.int32)}, meant
+
+
+def inputs(tokens: int, columns: int, seed: int = 1) -> Any:
+    return np.random.default_rng(seed).standard_normal((tokens, columns)).astype(np.float32)
+
+
+def error(y: Any, x: Any, weight: Quantized) -> float:
+    """The largest |y - x @ w.T| as a share of |x| @ |w|.T, all in f64."""
+    w = weight.dequantize().double().numpy()
+    return float((np.abs(y - x @ w.T) / (np.abs(x) @ np.abs(w).T + 1e-30)).max())
