@@ -46,7 +46,8 @@ def check_artifact(
     Raises CompileError when it does not compute what the module says.
     """
     artifact = session or _session(folder, manifest)
-    window = _window(calibration, artifact.vocab_size, manifest.context)[:, :tokens]
+    window = _window(calibration, artifact.vocab_size, manifest.context)
+    window = window[:, : min(tokens, manifest.context)]
     ours = InterpreterSession(module, store, context=manifest.context, keep_weights=False)
     theirs = InterpreterSession(original, store, context=manifest.context, keep_weights=False)
     if manifest.kind == "encoder":
