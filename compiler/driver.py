@@ -23,6 +23,7 @@ from gammac.models_zoo.fetch import default_cache, fetch
 from gammac.models_zoo.registry import MODELS
 from gammac.models_zoo.texts import default_calibration_text
 from gammac.passes import Choices, default_pipeline, refine_of, strategy_of
+from gammac.passes.allocate import check_objective
 from gammac.passes.finetune import Distill
 from gammac.passes.legalize_onnx import within_context
 from gammac.passes.refine import Refine
@@ -133,6 +134,7 @@ def make_plan(request: Request, cache: Path | None = None, *, artifact: bool = T
     backend = backend_of(target, folder, portable=request.portable, product_inputs=request.product_inputs)
     check_target(target, request.choices, compiler=backend.every_width, artifact=artifact)
     default_pipeline(request.choices, target.emitter, compiler=backend.every_width)
+    check_objective(request.choices.objective, budgets)
     if request.calibration is not None:
         read_text(request.calibration)
     source = resolve(request.model, request.trust_remote_code)

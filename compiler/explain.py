@@ -11,7 +11,8 @@ from typing import Final
 from gammac.diagnostics import CompileError
 from gammac.formats import parse_format
 from gammac.ir import Module, Weight
-from gammac.passes.allocate import tie_groups, weights_with_roles
+from gammac.passes.allocate import tie_groups
+from gammac.passes.allocation_limits import weights_with_roles
 from gammac.targets.cost import WeightCost, readers, weight_cost
 from gammac.targets.target import Target
 

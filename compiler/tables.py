@@ -51,7 +51,7 @@ def closing_lines(compiled: Compiled) -> Iterator[str]:
     yield (
         f"{size / 1e6:.1f} MB, payload {manifest.payload_bits:.3f} bits, true {manifest.true_bits:.3f} bits, "
         f"whole model {manifest.whole_model_bits:.3f} bits; "
-        f"predicted {compiled.cost.decode_seconds * 1e3:.2f} ms/token"
+        f"predicted {compiled.cost.decode_seconds * 1e3:.2f} ms/token{_predicted_loss(compiled.module)}"
     )
     if isinstance(check, Comparison):
         yield (
@@ -66,6 +66,12 @@ def closing_lines(compiled: Compiled) -> Iterator[str]:
     verb = "run" if manifest.kind == "decoder" else "inspect"
     where = ", on the device" if compiled.elsewhere else ""
     yield f"next{where}: gammac {verb} {compiled.folder}" + (" --prompt …" if verb == "run" else "")
+
+
+def _predicted_loss(module: Module) -> str:
+    """The sum of the scores, which --max-loss limits."""
+    allocation = module.attrs.get("allocation")
+    return f", loss {allocation['objective']:.4g}" if isinstance(allocation, Mapping) else ""
 
 
 def _rounding_line(compiled: Compiled) -> Iterator[str]:

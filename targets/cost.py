@@ -12,9 +12,9 @@ from typing import Final
 
 from gammac.diagnostics import CompileError
 from gammac.formats import DualBinaryFormat, Format, IntegerFormat, parse_format
-from gammac.ir import Function, Module, Op, TensorType, Weight, WeightRef
+from gammac.ir import Function, Module, Op, TensorType, Value, Weight, WeightRef
 from gammac.ir.types import BYTES, evaluate
-from gammac.targets.target import BLOCK, Kernel, Target
+from gammac.targets.target import BLOCK, TABLE, Kernel, Target
 
 CONTEXT: Final = 512  # positions in the cache while decoding, and tokens of a prefill
 FLOAT_BYTES: Final = 4  # artifacts keep what is not quantized in f32
@@ -159,8 +159,9 @@ def op_seconds(op: Op, module: Module, target: Target, sizes: Sizes, formats: Fo
     ref = op.weight()
     if op.name == "linear" and ref is not None:
         weight = module.weights[ref.name]
-        tokens = _numel(op.operands[0].type, sizes) // _columns(weight)
         role = str(weight.attrs.get("role", BLOCK))
+        tokens = numel_at(op.operands[0].type, sizes) // _columns(weight)
+        tokens = 1 if target.last_logits and role == TABLE else tokens
         return linear_seconds(
             _rows(weight), _columns(weight), format_of(weight, formats), target, tokens, role
         )
@@ -175,21 +176,26 @@ def op_seconds(op: Op, module: Module, target: Target, sizes: Sizes, formats: Fo
 
 
 def _attention_seconds(op: Op, target: Target, sizes: Sizes) -> float:
-    keys, values = op.results[1:] if op.name == "gqa" else op.operands[1:3]
-    cache = _numel(keys.type, sizes) + _numel(values.type, sizes)
-    queries = _numel(op.results[0].type, sizes)
-    total = evaluate(keys.type.shape[2], sizes)
+    cache, macs = attention_work(op, sizes)
     reading = FLOAT_BYTES * cache / (target.attention_gbps * target.threads * 1e9)
-    # each query element meets `total` keys and as many values
-    return max(reading, 4 * queries * total / (target.attention_gflops * target.threads * 1e9))
+    return max(reading, 2 * macs / (target.attention_gflops * target.threads * 1e9))
+
+
+def attention_work(op: Op, sizes: Sizes) -> tuple[int, int]:
+    """Elements of keys and values that attention reads, and its multiply-adds."""
+    keys, values = op.results[1:] if op.name == "gqa" else op.operands[1:3]
+    cache = numel_at(keys.type, sizes) + numel_at(values.type, sizes)
+    # each query element meets every key and as many values
+    return cache, 2 * numel_at(op.results[0].type, sizes) * evaluate(keys.type.shape[2], sizes)
 
 
 def _multiplying(op: Op, sizes: Sizes) -> int:
     """Operations of a matmul."""
-    return 2 * _numel(op.result.type, sizes) * evaluate(op.operands[0].type.shape[-1], sizes)
+    return 2 * numel_at(op.result.type, sizes) * evaluate(op.operands[0].type.shape[-1], sizes)
 
 
-def _numel(type_: TensorType, sizes: Sizes) -> int:
+def numel_at(type_: TensorType, sizes: Sizes) -> int:
+    """How many elements a tensor of these sizes has."""
     total = 1
     for dim in type_.shape:
         total *= evaluate(dim, sizes)
@@ -205,14 +211,14 @@ def format_of(weight: Weight, formats: Formats | None = None) -> Format | None:
     return parse_format(name).fit(_columns(weight)) if isinstance(name, str) else None
 
 
-def decode_function(module: Module) -> tuple[Function, Sizes] | None:
+def decode_function(module: Module, past: int = CONTEXT) -> tuple[Function, Sizes] | None:
     """What runs for each new token, and its sizes; `forward` stands in before there is a cache."""
-    return _function(module, ("decode", "forward"), sizes_of(1, CONTEXT))
+    return _function(module, ("decode", "forward"), sizes_of(1, past))
 
 
-def prefill_function(module: Module) -> tuple[Function, Sizes] | None:
+def prefill_function(module: Module, tokens: int = CONTEXT) -> tuple[Function, Sizes] | None:
     """What runs for a prompt, and its sizes."""
-    return _function(module, ("prefill", "forward", "decode"), sizes_of(CONTEXT, 0))
+    return _function(module, ("prefill", "forward", "decode"), sizes_of(tokens, 0))
 
 
 def _function(module: Module, names: Sequence[str], sizes: Sizes) -> tuple[Function, Sizes] | None:
@@ -268,7 +274,7 @@ def module_cost(module: Module, target: Target, formats: Formats | None = None, 
         bytes=total,
         decode_seconds=_seconds(module, decode_function(module), target, formats),
         prefill_seconds=_seconds(module, prefill_function(module), target, formats),
-        peak_bytes=_peak_bytes(module, target, formats) + extra_bytes,
+        peak_bytes=peak_bytes(module, target, formats) + extra_bytes,
     )
 
 
@@ -278,20 +284,28 @@ def serving_bits(module: Module) -> int:
     return sum(8 * float_bytes(w.type) for w in serving)
 
 
+def prefill_seconds(weight: Weight, module: Module, target: Target, formats: Formats, tokens: int) -> float:
+    """A weight's products in a prefill of so many tokens."""
+    function, sizes = prefill_function(module, tokens) or (None, {})
+    ops = [op for op in (function.ops if function else ()) if op.name == "linear"]
+    mine = (op for op in ops if (ref := op.weight()) is not None and ref.name == weight.name)
+    return sum(op_seconds(op, module, target, sizes, formats) for op in mine)
+
+
 def _seconds(
     module: Module, chosen: tuple[Function, Sizes] | None, target: Target, formats: Formats | None
 ) -> float:
     return sum(op_seconds(op, module, target, chosen[1], formats) for op in chosen[0].ops) if chosen else 0.0
 
 
-def _peak_bytes(module: Module, target: Target, formats: Formats | None) -> int:
+def peak_bytes(module: Module, target: Target, formats: Formats | None = None, tokens: int = CONTEXT) -> int:
     """Weights as the runtime holds them, and what is alive at the widest point of a prefill."""
-    held = sum(_resident(w, target, formats) for w in module.weights.values())
-    chosen = prefill_function(module)
-    return held + (_widest(*chosen) if chosen else 0)
+    held = sum(resident_bytes(w, target, formats) for w in module.weights.values())
+    return held + alive_bytes(module, target, tokens)
 
 
-def _resident(weight: Weight, target: Target, formats: Formats | None) -> int:
+def resident_bytes(weight: Weight, target: Target, formats: Formats | None = None) -> int:
+    """What a weight takes in memory: runtimes repack."""
     format_, role = format_of(weight, formats), str(weight.attrs.get("role", BLOCK))
     if format_ is None:
         return float_bytes(weight.type)
@@ -299,16 +313,26 @@ def _resident(weight: Weight, target: Target, formats: Formats | None) -> int:
     return int(kernel.resident * stored_bytes(_rows(weight), _columns(weight), format_, target, role))
 
 
-def _widest(function: Function, sizes: Sizes) -> int:
-    """The most bytes of values alive at once, each from the op that makes it to the last that reads it."""
+def alive_bytes(module: Module, target: Target, tokens: int) -> int:
+    """The most bytes of values alive at once in a prefill, its cache included."""
+    chosen = prefill_function(module, tokens)
+    if chosen is None:
+        return 0
+    function, sizes = chosen
+    logits = function.returns[0].type
+
+    def size_of(value: Value) -> int:
+        whole = _bytes(value.type, sizes)
+        return whole // tokens if target.last_logits and value.type == logits else whole
+
     last = {o: i for i, op in enumerate(function.ops) for o in op.operands}
-    alive = widest = sum(_bytes(p.type, sizes) for p in function.params)
+    alive = widest = sum(map(size_of, function.params))
     ends: dict[int, int] = defaultdict(int)
     for index, op in enumerate(function.ops):
         for value in op.results:
-            alive += _bytes(value.type, sizes)
+            alive += size_of(value)
             if value not in function.returns:
-                ends[last.get(value, index)] += _bytes(value.type, sizes)
+                ends[last.get(value, index)] += size_of(value)
         widest = max(widest, alive)
         alive -= ends[index]
     return widest
@@ -319,7 +343,7 @@ def _ceil(a: int, b: int) -> int:
 
 
 def _bytes(type_: TensorType, sizes: Sizes) -> int:
-    return BYTES[type_.dtype] * _numel(type_, sizes)
+    return BYTES[type_.dtype] * numel_at(type_, sizes)
 
 
 def _rows(weight: Weight) -> int:

@@ -7,7 +7,7 @@ expands the whole weight at every call, tens of times slower, and say nothing.
 import hashlib
 import tomllib
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
@@ -29,6 +29,9 @@ HOSTS: Final = (
     ("cpu-x86-avx512", {"avx512_vnni", "avx512vbmi"}),
     ("cpu-x86-avx2", {"avx2", "fma"}),
 )
+
+# what energy is counted by: bytes read from memory, multiply-adds of integers and of floats
+ENERGY: Final = ("byte", "int8_mac", "float_mac")
 
 ByGroup = tuple[tuple[int, float], ...]
 
@@ -119,6 +122,8 @@ class Target:
     features: tuple[str, ...] = ()
     ghz: float = 0.0
     tie: bool = False  # linears that read the same value get one format, so that they fuse
+    last_logits: bool = False  # a prefill's logits are those of its last token alone
+    energy: Mapping[str, float] = field(default_factory=dict)  # ENERGY -> picojoules
     measured: tuple[Measured, ...] = ()
     analysed: tuple[Analysed, ...] = ()
     digest: str = ""
@@ -229,6 +234,8 @@ def parse_target(text: str, where: str = "<target>", backend: str | None = None)
     assert isinstance(target, Target)
     if "default" not in target.overhead_us:
         raise CompileError(f"{where}: overhead_us lacks default")
+    if target.energy and set(target.energy) != set(ENERGY):
+        raise CompileError(f"{where}: energy is given by {', '.join(ENERGY)}, not {', '.join(target.energy)}")
     return target
 
 
@@ -252,7 +259,7 @@ def _record(kind: type[Any], row: Mapping[str, Any], where: str) -> Any:
     """A dataclass from a table: every key known, every needed one there, of the right type."""
     known = {f.name: f for f in fields(kind)}
     unknown = [key for key in row if key not in known]
-    missing = [n for n, f in known.items() if f.default is MISSING and n not in row]
+    missing = [n for n, f in known.items() if _needed(f) and n not in row]
     if unknown or missing:
         said = f"does not know {', '.join(unknown)}" if unknown else f"lacks {', '.join(missing)}"
         names = [n for n in known if n != "digest"]
@@ -261,6 +268,10 @@ def _record(kind: type[Any], row: Mapping[str, Any], where: str) -> Any:
             f"{where} {said}", hint=f"did you mean {near[0]}?" if near else f"it has {', '.join(names)}"
         )
     return kind(**{key: _value(known[key].type, value, f"{where}: {key}") for key, value in row.items()})
+
+
+def _needed(of: Field[Any]) -> bool:
+    return of.default is MISSING and of.default_factory is MISSING
 
 
 def _value(type_: Any, value: Any, where: str) -> Any:

@@ -127,7 +127,7 @@ def test_a_cross_target_says_where_its_figures_come_from(name: str) -> None:
     target = load_target(name)
     assert target.cpu and target.ghz and not target.measured
     kinds = {source.partition(":")[0] for source in target.sources}
-    assert kinds <= {"data sheet, not measured", "analysed", "counted", "assumed"}
+    assert kinds <= {"data sheet, not measured", "analysed", "counted", "assumed", "energy"}
     assert {a.bits for a in target.analysed} == set(range(1, 9))
     assert all("for 1024 weights" in a.source for a in target.analysed if a.group == 64)
 

@@ -27,7 +27,7 @@ class EmulatedSession:
     """A decoder, one whole sequence at a time.
 
     Raises NotEmulated where there is no emulator, or no runner for the machine can be made: `cache` keeps it,
-    and TVM's wheels for the machine lie in `cache`/wheels. An instruction that isn't emulated raises it later.
+    and TVM's wheels for the machine lie in `cache`/wheels. A missing instruction raises it later.
     """
 
     kind = "decoder"
