@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
+
 from gammac.diagnostics import CompileError
 from gammac.formats import DualBinaryFormat, Format, IntegerFormat, parse_format
 from gammac.ir import Function, Module, Op, TensorType, Value, Weight, WeightRef
@@ -120,7 +122,7 @@ def linear_seconds(
     rows: int, columns: int, format_: Format | None, target: Target, tokens: int = 1, role: str = BLOCK
 ) -> float:
     """Seconds of x @ weight.T for `tokens` rows of x, on the target's threads; None is f32."""
-    measured = _measured(rows, columns, format_, target) if tokens == 1 else None
+    measured = _measured(rows, columns, format_, target, tokens)
     if measured is not None:
         return measured
     flops = 2 * tokens * rows * columns
@@ -140,11 +142,23 @@ def overhead(op: str, target: Target) -> float:
     return target.overhead_us.get(op, target.overhead_us["default"]) * 1e-6
 
 
-def _measured(rows: int, columns: int, format_: Format | None, target: Target) -> float | None:
+def _measured(rows: int, columns: int, format_: Format | None, target: Target, tokens: int) -> float | None:
+    """What was timed in the format on the target's threads: the shape itself, or between those around it.
+
+    Beyond the largest shape seconds grow with the weights, below the smallest one they shrink to a call's
+    overhead. A prefill's seconds grow with its tokens.
+    """
     name = format_.fit(columns).name if format_ else "f32"
-    wanted = ("linear", name, rows, columns, target.threads)
-    found = (m.seconds for m in target.measured if (m.op, m.format, m.rows, m.columns, m.threads) == wanted)
-    return next(found, None)
+    mine = [m for m in target.measured if (m.op, m.format, m.threads) == ("linear", name, target.threads)]
+    timed = [m for m in mine if (m.tokens > 1) == (tokens > 1)]
+    exact = [m.seconds for m in timed if (m.rows, m.columns, m.tokens) == (rows, columns, tokens)]
+    if exact or not timed:
+        return exact[0] if exact else None
+    points = sorted((m.rows * m.columns, m.seconds * tokens / m.tokens) for m in timed)
+    sizes, seconds = zip((0, overhead("linear", target)), *points, strict=True)
+    if rows * columns > sizes[-1]:
+        return float(seconds[-1] * rows * columns / sizes[-1])
+    return float(np.interp(rows * columns, sizes, seconds))
 
 
 def sizes_of(seq: int, past: int) -> Sizes:

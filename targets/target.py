@@ -76,7 +76,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Measured:
-    """One linear [rows, columns] times one token, timed on the device."""
+    """One linear [rows, columns] times some tokens, timed on the device."""
 
     op: str
     format: str
@@ -84,6 +84,7 @@ class Measured:
     columns: int
     threads: int
     seconds: float
+    tokens: int = 1
 
 
 @dataclass(frozen=True)
@@ -200,11 +201,17 @@ def load_target(name_or_path: str, backend: str | None = None) -> Target:
     `backend` picks the emitter where a target has figures for several (default: its own).
     Raises CompileError for an unknown name, a file that is not there, or one with a mistake in it.
     """
+    where = name_or_path if name_or_path.endswith(".toml") else f"{name_or_path}.toml"
+    return parse_target(target_text(name_or_path), where, backend)
+
+
+def target_text(name_or_path: str) -> str:
+    """The TOML of a target. Raises CompileError where there is none."""
     if name_or_path.endswith(".toml"):
         path = Path(name_or_path)
         if not path.is_file():
             raise CompileError(f"there is no target file {name_or_path}")
-        return parse_target(path.read_text(encoding="utf-8"), str(path), backend)
+        return path.read_text(encoding="utf-8")
     name_or_path = host_target() if name_or_path == HOST else ALIASES.get(name_or_path, name_or_path)
     if name_or_path not in target_names():
         names = ", ".join((HOST, *ALIASES, *target_names()))
@@ -212,8 +219,7 @@ def load_target(name_or_path: str, backend: str | None = None) -> Target:
             f"there is no target {name_or_path!r}",
             hint=f"there are {names}; or give the path of a .toml file",
         )
-    file = resources.files("gammac.targets") / f"{name_or_path}.toml"
-    return parse_target(file.read_text(encoding="utf-8"), file.name, backend)
+    return (resources.files("gammac.targets") / f"{name_or_path}.toml").read_text(encoding="utf-8")
 
 
 def parse_target(text: str, where: str = "<target>", backend: str | None = None) -> Target:

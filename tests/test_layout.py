@@ -30,7 +30,7 @@ LAYERS = [
     ["gammac.backends"],
     ["gammac.closing_check"],
     ["gammac.driver", "gammac.summary"],
-    ["gammac.dryrun", "gammac.evaluation", "gammac.explain"],
+    ["gammac.dryrun", "gammac.evaluation", "gammac.explain", "gammac.calibrate"],
     ["gammac.sweep"],
     ["gammac.sweep_report"],
     ["gammac.plots"],
