@@ -4,8 +4,8 @@ python benchmarks/predicted_latency.py smollm2-135m --target mine.toml --backend
 
 Prints predicted and measured decode time behind 512 tokens, prefill of 512 tokens and peak memory of each
 allocation; then for each of the three the mean error, what a constant factor or a constant sum would leave of
-it (a runtime's own memory is such a sum), and the rank correlation. `--target` should be calibrated on the machine that runs this, with as many
-threads: gammac targets calibrate -o mine.toml. Leave the machine alone meanwhile.
+it (a runtime's own memory is such a sum), and the rank correlation. `--target` should be calibrated on the
+machine that runs this, with as many threads: gammac targets calibrate -o mine.toml. Leave the machine alone.
 """
 
 import json
