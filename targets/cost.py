@@ -129,12 +129,19 @@ def linear_seconds(
     if format_ is None:
         work = flops / (target.float_gflops * target.threads * 1e9) if tokens > 1 else 0.0
         return overhead("linear", target) + max(FLOAT_BYTES * rows * columns / target.bandwidth, work)
-    fitted, kernel = format_.fit(columns), kernel_of(format_, columns, target, role)
-    gweights, gflops = target.rates(fitted, kernel)
-    reading = stored_bytes(rows, columns, fitted, target, role) / target.bandwidth
-    decoding = rows * columns / (gweights * target.threads * 1e9)
+    _, gflops = target.rates(format_.fit(columns), kernel_of(format_, columns, target, role))
     work = flops / (gflops * target.threads * 1e9) if tokens > 1 else 0.0
-    return overhead("linear", target) + max(reading, decoding, work)
+    return overhead("linear", target) + max(*weight_seconds(rows, columns, format_, target, role), work)
+
+
+def weight_seconds(
+    rows: int, columns: int, format_: Format, target: Target, role: str = BLOCK
+) -> tuple[float, float]:
+    """Seconds that reading a weight takes, and unpacking it: the longer one counts."""
+    fitted, kernel = format_.fit(columns), kernel_of(format_, columns, target, role)
+    gweights, _ = target.rates(fitted, kernel)
+    reading = stored_bytes(rows, columns, fitted, target, role) / target.bandwidth
+    return reading, rows * columns / (gweights * target.threads * 1e9)
 
 
 def overhead(op: str, target: Target) -> float:
