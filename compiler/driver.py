@@ -30,6 +30,7 @@ from gammac.passes.refine import Refine
 from gammac.passes.sensitivity import NEED_NEXT_TOKEN
 from gammac.pipeline import Context, Observer, Pipeline, Step
 from gammac.progress import Progress, no_progress
+from gammac.room import demand_room
 from gammac.runtime.artifact import seal
 from gammac.runtime.check import Check
 from gammac.runtime.evaluate import Comparison, OutputComparison
@@ -148,6 +149,8 @@ def make_plan(request: Request, cache: Path | None = None, *, artifact: bool = T
             f"{source.name} is an encoder: {needy[0]} needs a next token", hint="use --strategy weight_mse"
         )
     within_context(module, request.context)
+    if artifact:
+        demand_room(module, target, (request.choices.block, request.choices.table), request.context)
     backend.demand(module, Context(target, store))
     seconds = time.perf_counter() - started
     passes = PassCache(folder / "passes")
@@ -156,7 +159,7 @@ def make_plan(request: Request, cache: Path | None = None, *, artifact: bool = T
 
 def check_target(target: Target, choices: Choices, *, compiler: bool, artifact: bool) -> None:
     """Raises CompileError for kinds of formats that a target doesn't run, and for one that writes nothing."""
-    if artifact and target.emitter == NO_EMITTER:
+    if artifact and target.emitter == NO_EMITTER and not target.refusal:
         raise CompileError(
             f"nothing can be compiled for {target.name}: it has no emitter",
             hint="gammac sweep measures allocations on it; compile for another target, such as cpu",

@@ -204,6 +204,14 @@ def kernels(target: Target) -> Table:
     return table
 
 
+def analysed(target: Target) -> Table:
+    """Rates of kernels that were counted, not timed."""
+    table = Table("bits", "group", "10⁹ weights/s", "10⁹ op/s", "source", title="analysed, one thread")
+    for row in target.analysed:
+        table.add_row(str(row.bits), str(row.group), f"{row.gweights:g}", f"{row.gflops:g}", row.source)
+    return table
+
+
 def models(found: Mapping[str, ZooModel]) -> Table:
     """The zoo."""
     table = Table("model", "parameters", "licence", "description")

@@ -123,6 +123,7 @@ class Target:
     features: tuple[str, ...] = ()
     ghz: float = 0.0
     tie: bool = False  # linears that read the same value get one format, so that they fuse
+    refusal: str = ""  # why nothing can be compiled for it
     last_logits: bool = False  # a prefill's logits are those of its last token alone
     energy: Mapping[str, float] = field(default_factory=dict)  # ENERGY -> picojoules
     measured: tuple[Measured, ...] = ()

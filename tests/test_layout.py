@@ -27,7 +27,7 @@ LAYERS = [
     ["gammac.models_zoo"],
     ["gammac.frontend"],
     ["gammac.runtime"],
-    ["gammac.backends"],
+    ["gammac.backends", "gammac.room"],
     ["gammac.closing_check"],
     ["gammac.driver", "gammac.summary"],
     ["gammac.dryrun", "gammac.evaluation", "gammac.explain", "gammac.calibrate"],

@@ -19,10 +19,12 @@ def targets_group(ctx: click.Context) -> None:
     """The targets; `targets show NAME` for one."""
     if ctx.invoked_subcommand is None:
         from gammac import tables
-        from gammac.targets.target import HOST, host_target, load_target, target_names
+        from gammac.targets.target import ALIASES, HOST, host_target, load_target, target_names
 
         OUT.print(tables.targets([load_target(name) for name in target_names()]))
         OUT.print(f"{HOST} stands for {host_target()} on this machine", highlight=False)
+        for alias, name in ALIASES.items():
+            OUT.print(f"{alias} stands for {name}", highlight=False)
 
 
 @targets_group.command("show")
@@ -35,6 +37,12 @@ def targets_show(name: str, backend: str | None) -> None:
 
     target = load_target(name, backend)
     OUT.print(tables.kernels(target))
+    if target.cpu:
+        OUT.print(f"code for {' '.join((target.cpu, *target.features))}", highlight=False, markup=False)
+    if target.analysed:
+        OUT.print(tables.analysed(target))
+    if target.measured:
+        OUT.print(f"{len(target.measured)} products were timed", highlight=False)
     for source in target.sources:
         OUT.print(f"source: {source}", highlight=False, markup=False)
 
