@@ -42,6 +42,7 @@ UNITS: Final[dict[str, tuple[str, str, Decimal]]] = {
     "us/token": (LATENCY, "us/token", Decimal("1e-6")),
     "ms/token": (LATENCY, "ms/token", Decimal("1e-3")),
     "s/token": (LATENCY, "s/token", Decimal(1)),
+    "uj/token": (ENERGY, "uJ/token", Decimal("1e-6")),
     "mj/token": (ENERGY, "mJ/token", Decimal("1e-3")),
     "j/token": (ENERGY, "J/token", Decimal(1)),
     "us": (PREFILL, "us", Decimal("1e-6")),
@@ -76,6 +77,12 @@ _SHOWN: Final = {
     MEMORY: ("MB", Fraction(10**6), 3),
     PREFILL: ("ms", Fraction(1, 1000), 3),
     LOSS: ("loss", Fraction(1), 6),
+}
+# the same for amounts below one of those
+_SHOWN_SMALL: Final = {
+    LATENCY: ("us/token", Fraction(1, 10**6), 3),
+    ENERGY: ("uJ/token", Fraction(1, 10**6), 3),
+    PREFILL: ("us", Fraction(1, 10**6), 3),
 }
 
 
@@ -128,6 +135,8 @@ def parse_budgets(text: str) -> tuple[Budget, ...]:
 def spelled(kind: str, amount: Fraction, tokens: int = 0) -> str:
     """The smallest budget of a few digits that grants `amount`; `parse_budget` reads it."""
     unit, worth, decimals = _SHOWN[kind]
+    if amount < worth:
+        unit, worth, decimals = _SHOWN_SMALL.get(kind, (unit, worth, decimals))
     steps = -(-amount * 10**decimals // worth)
     return f"{steps // 10**decimals}.{steps % 10**decimals:0{decimals}d}{unit}{_behind(tokens)}"
 

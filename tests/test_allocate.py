@@ -128,7 +128,7 @@ def test_one_candidate_each_is_a_uniform_compile() -> None:
         ("1.5", "budget 1.5: the smallest possible is 2.000 payload bits with formats w2g64, w3g64"),
         ("2bpw", "budget 2bpw: the smallest possible is 2.282bpw"),
         ("1KB", "budget 1KB: the smallest possible is 0.0"),
-        ("1us/token", "budget 1us/token: the smallest possible is 0.0"),
+        ("1us/token", "budget 1us/token: the smallest possible is 11.9"),
         ("8+1KB", "budget 1KB: the smallest possible is 0.0"),
         ("2+0.9loss", "budget 2: the smallest possible is 5.091 payload bits beside 0.9loss"),
     ],
