@@ -17,7 +17,7 @@ LINK_FLAGS: Final = ("-shared", "-fPIC", "-Wl,--build-id=none", "-s")
 
 def demand_core(isa: Isa) -> None:
     """Raise CompileError for a core that LLVM doesn't know, or that lacks what the kernels count on."""
-    from tvm.target import Target, codegen
+    from tvm.target import Target, codegen  # type: ignore[import-untyped]
 
     told = isa.llvm_target()
     core = str(told.pop("mcpu"))
@@ -49,7 +49,7 @@ def build_library(module: Any, isa: Isa, path: Path) -> None:
     """
     import tvm  # type: ignore[import-untyped]
     from tvm import relax
-    from tvm.target import Target  # type: ignore[import-untyped]
+    from tvm.target import Target
 
     from gammac.targets.tvm.kernels.lowering import lowering
 
