@@ -19,7 +19,7 @@ from gammac.formats import IntegerFormat, parse_format
 from gammac.progress import Progress, no_progress
 from gammac.runtime.bench import read_bandwidth
 from gammac.target_rows import to_toml
-from gammac.targets.target import Measured, Target
+from gammac.targets.target import Measured
 from gammac.targets.tvm.names import INT8
 
 ALIGNMENT: Final = 64
@@ -55,15 +55,13 @@ class Calibration:
 def calibrate(isa: Any, wish: Wish, progress: Progress = no_progress) -> Calibration:
     """Time products with int8 inputs in every format, shape and number of threads.
 
-    Raises CompileError where this process has run TVM with fewer threads than are wanted.
+    Raises CompileError for a format without a kernel, and where TVM has fewer threads than are wanted.
     """
+    formats = [_integer(name) for name in wish.formats]
     pool = _pool(max(wish.threads))
-    jobs = [(parse_format(name), shape, tokens) for name in wish.formats for shape in wish.shapes
-            for tokens in (1, wish.tokens)]  # fmt: skip
+    jobs = [(f, shape, tokens) for f in formats for shape in wish.shapes for tokens in (1, wish.tokens)]
     rows = []
     for format_, shape, tokens in progress(jobs, "timing kernels"):
-        if not isinstance(format_, IntegerFormat):
-            raise CompileError(f"{format_.name} has no TVM kernel", hint="integers such as w3g64 have one")
         run = _product(format_.fit(shape[1]), shape, tokens, isa, wish)
         for threads in wish.threads:
             pool(BIG_CORES, threads)
@@ -71,6 +69,13 @@ def calibrate(isa: Any, wish: Wish, progress: Progress = no_progress) -> Calibra
             rows.append(Measured("linear", format_.fit(shape[1]).name, *shape, threads, seconds, tokens))
     speeds = (read_bandwidth(1), read_bandwidth(max(wish.threads)))
     return Calibration(tuple(rows), speeds, max(wish.threads))
+
+
+def _integer(name: str) -> IntegerFormat:
+    format_ = parse_format(name)
+    if not isinstance(format_, IntegerFormat):
+        raise CompileError(f"{format_.name} has no TVM kernel", hint="integers such as w3g64 have one")
+    return format_
 
 
 def _pool(threads: int) -> Callable[..., None]:
@@ -122,7 +127,7 @@ def _tensor(operand: Any, tokens: int) -> Any:
 
     sizes = [tokens if isinstance(size, str) else size for size in operand.shape]
     dtype = np.dtype(operand.dtype)
-    raw = np.ones(prod(sizes) * dtype.itemsize + ALIGNMENT, np.uint8)
+    raw = np.empty(prod(sizes) * dtype.itemsize + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
     array = raw[start : start + prod(sizes) * dtype.itemsize].view(dtype).reshape(sizes)
     array[...] = 1
@@ -132,7 +137,7 @@ def _tensor(operand: Any, tokens: int) -> Any:
 # ---- the target's file --------------------------------------------------------------------------
 
 
-def calibrated(text: str, target: Target, found: Calibration, name: str, machine: str) -> str:
+def calibrated(text: str, found: Calibration, name: str, machine: str) -> str:
     """A target's file with what was measured in it, under a name of its own.
 
     `text` is the file's; the rows are those of the TVM backend, the target's own emitter or another.

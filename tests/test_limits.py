@@ -11,6 +11,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from gammac.budget import parse_budgets
+from gammac.cli.limits import limits_of
 from gammac.diagnostics import CompileError
 from gammac.ir import Module, parse
 from gammac.passes import Choices, refine_of
@@ -173,3 +174,14 @@ def test_a_smaller_loss_takes_longer() -> None:
 def test_budgets_are_written_in_any_order() -> None:
     a, b = (parse_budgets(text) for text in ("3+200MB@2048+1ms@64", "1ms@64,3,200MB@2048"))
     assert sorted(map(str, a)) == sorted(map(str, b)) and math.isclose(a[1].value, 2e8)
+
+
+def test_options_are_spellings_of_budgets() -> None:
+    given_ = dict.fromkeys(("max_latency", "max_prefill", "max_memory", "max_energy", "max_loss"))
+    asked = {**given_, "max_latency": "12ms", "max_memory": "200MB", "max_loss": "0.5", "max_energy": "1mJ"}
+    found = [str(parse_budgets(text)[0]) for text in limits_of({**asked, "context": 2048})]
+    assert found == ["12ms/token", "200MB@2048", "1mJ/token", "0.5loss"]
+    written = {**given_, "max_latency": "9us/token@64", "max_prefill": "2s@100", "max_memory": "1GB@7"}
+    assert limits_of({**written, "context": None}) == ["9us/token@64", "2s@100", "1GB@7"]
+    plain = {**given_, "max_prefill": "2s", "max_memory": "1GB", "context": None}
+    assert limits_of(plain) == ["2s@512", "1GB@512"]

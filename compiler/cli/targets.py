@@ -63,20 +63,21 @@ def targets_calibrate(name: str, out: Path, quick: bool, **wanted: str | None) -
     """
     from gammac.calibrate import QUICK, Wish, calibrate, calibrated
     from gammac.files import write_atomically
+    from gammac.runtime.tvm_session import lacking
     from gammac.targets.target import load_target, parse_target, target_text
     from gammac.targets.tvm.kernels import isa_of
 
     if out.suffix != ".toml":
         raise CompileError(f"{out} is no .toml file", hint="a target is known by its ending")
-    target, isa = load_target(name, "tvm"), isa_of("cpu")
-    if isa_of(target).machine != isa.machine:
+    isa = isa_of(load_target(name, "tvm"))
+    lacks = lacking(isa.name, isa.machine, isa.cpu_flags)
+    if lacks:
         raise CompileError(
-            f"{target.name} is another machine than this one", hint="gammac targets analyse needs no device"
+            f"{name} can't be timed here: {lacks}", hint="gammac targets analyse needs no device"
         )
     wish = _wish(QUICK if quick else Wish(), wanted)
-    text = target_text(name)
-    found = calibrate(isa_of(target), wish, show_progress)
-    made = calibrated(text, target, found, out.stem, platform.machine())
+    found = calibrate(isa, wish, show_progress)
+    made = calibrated(target_text(name), found, out.stem, platform.machine())
     parse_target(made, str(out), "tvm")
     write_atomically(out, made.encode())
     OUT.print(f"{len(found.rows)} rows in {out}: use --target {out} --backend tvm", highlight=False)

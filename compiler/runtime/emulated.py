@@ -1,8 +1,10 @@
 """A TVM artifact for another machine, run by the C++ runner under qemu-user: slow, but itself."""
 
 import platform
+import shutil
 import signal
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Final
 
@@ -13,7 +15,7 @@ from gammac.diagnostics import CompileError
 from gammac.runtime.session import Logits, Tokens, check_room
 from gammac.targets.tvm.description import parse_description
 from gammac.targets.tvm.names import DESCRIPTION_NAME
-from gammac.targets.tvm.runner import build_runner, source_digest
+from gammac.targets.tvm.runner import NAME, build_runner, source_digest
 from gammac.targets.tvm.toolchain import MACHINES, find_emulator
 
 ANY_CORE: Final = "max"  # qemu's name for a core that has everything
@@ -42,8 +44,7 @@ class EmulatedSession:
         self.core = _core(emulator, self._about.code.get("cpu", ""))
         self.emulator = Path(emulator).name
         place = cache / "runners" / key_of(machine, self._about.tvm, source_digest())[:16]
-        # a runner that was killed half way is built again
-        runner = next(place.glob("done/gammac-run"), None) or _built(place, machine, cache / "wheels")
+        runner = place / NAME if (place / NAME).exists() else _built(place, machine, cache / "wheels")
         root = f"/usr/{MACHINES[machine].triple}"
         self._command = [emulator, "-cpu", self.core, *(("-L", root) if Path(root).is_dir() else ())]
         self._command += [str(runner), str(folder), "--threads", "1"]
@@ -105,8 +106,14 @@ def _core(emulator: str, core: str) -> str:
 
 
 def _built(place: Path, machine: str, wheels: Path) -> Path:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=place.parent))
     try:
-        made = build_runner(place / "new", machine, wheels)
+        build_runner(work, machine, wheels)
+        if not place.exists():  # else another process was faster
+            work.rename(place)
     except CompileError as error:
         raise NotEmulated(str(error)) from error
-    return made.parent.replace(place / "done") / made.name
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return place / NAME

@@ -99,10 +99,10 @@ def demand_linker(machine: str = "", language: str = C) -> list[str]:
     machine, variable = machine or platform.machine(), _VARIABLE[language]
     there = f"there is none of {', '.join(compilers(machine, language)) or 'any known name'}"
     if machine == platform.machine():
+        other = "; --backend onnx needs neither" if language == C else ""
         raise CompileError(
             f"nothing here links a shared library: {there}",
-            hint=f"install a C compiler or `pip install ziglang`, or set {variable}; "
-            "--backend onnx needs neither",
+            hint=f"install a {language.upper()} compiler or `pip install ziglang`, or set {variable}{other}",
         )
     package = f"`apt-get install {MACHINES[machine].package}`" if machine in MACHINES else "a cross compiler"
     raise CompileError(
