@@ -1,4 +1,4 @@
-// Calls one compiled kernel, without TVM: NAME [code:bits:AxBxC:file]...; the last file is written.
+// Calls one compiled kernel, without TVM: NAME [code:bits:AxBxC:file]...; files behind a = are written.
 // KERNELS lists the kernels, as X(name) X(other).
 #include <stdio.h>
 #include <stdlib.h>
@@ -88,13 +88,15 @@ int main(int argc, char** argv) {
   static DLTensor tensors[16];
   static int64_t shapes[16][4];
   static TVMFFIAny arguments[16];
-  const char* path = "";
+  const char* paths[16];
   const int count = argc - 2;
   if (&__TVMBackendParallelLaunch != NULL) __TVMBackendParallelLaunch = (void*)launch;
   if (&__TVMBackendAllocWorkspace != NULL) __TVMBackendAllocWorkspace = (void*)workspace;
   if (&__TVMBackendFreeWorkspace != NULL) __TVMBackendFreeWorkspace = (void*)release;
   for (int i = 0; i < count; ++i) {
-    path = read_operand(argv[i + 2], &tensors[i], shapes[i]);
+    const int written = argv[i + 2][0] == '=';
+    const char* path = read_operand(argv[i + 2] + written, &tensors[i], shapes[i]);
+    paths[i] = written ? path : NULL;
     arguments[i].type_index = kTVMFFIDLTensorPtr;
     arguments[i].v_ptr = &tensors[i];
   }
@@ -103,9 +105,12 @@ int main(int argc, char** argv) {
     TVMFFIAny result;
     memset(&result, 0, sizeof(result));
     if (kernels[i].run(NULL, arguments, count, &result) != 0) return 1;
-    FILE* file = fopen(path, "wb");
-    fwrite(tensors[count - 1].data, 1, size_of(&tensors[count - 1]), file);
-    fclose(file);
+    for (int k = 0; k < count; ++k) {
+      FILE* file = paths[k] ? fopen(paths[k], "wb") : NULL;
+      if (file == NULL) continue;
+      fwrite(tensors[k].data, 1, size_of(&tensors[k]), file);
+      fclose(file);
+    }
     return 0;
   }
   fail("no kernel", argv[1]);

@@ -1,12 +1,13 @@
-"""Weights and inputs for kernels with packed weights, and how far a result is from the exact one."""
+"""Weights and inputs for kernels with packed weights, their calls, and how far a result is off."""
 
 from typing import Any
 
 import numpy as np
 import torch
+import tvm
 
 from gammac.formats import IntegerFormat, Quantized
-from gammac.targets.tvm.kernels import Layout
+from gammac.targets.tvm.kernels import Isa, Kernel, Layout, lowering, pack
 
 EPSILON = float(np.finfo(np.float32).eps)
 
@@ -47,3 +48,27 @@ def error(y: Any, x: Any, weight: Quantized) -> float:
     """The largest |y - x @ w.T| as a share of |x| @ |w|.T, all in f64."""
     w = weight.dequantize().double().numpy()
     return float((np.abs(y - x @ w.T) / (np.abs(x) @ np.abs(w).T + 1e-30)).max())
+
+
+def build(kernel: Kernel, isa: Isa) -> Any:
+    module = tvm.IRModule({kernel.name: kernel.func.with_attr("global_symbol", kernel.name)})
+    with lowering():
+        return tvm.compile(module, target=tvm.target.Target(isa.llvm_target()))
+
+
+def call(kernel: Kernel, library: Any, arrays: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """Run a kernel with arrays by name; what it writes starts as NaN or junk."""
+    shapes = {o.name: tuple(tokens if s == "m" else s for s in o.shape) for o in kernel.operands}
+    for o in kernel.inputs:
+        assert (arrays[o.name].shape, arrays[o.name].dtype) == (shapes[o.name], np.dtype(o.dtype)), o
+    out = {
+        o.name: tvm.runtime.tensor(np.full(shapes[o.name], np.nan if o.dtype == "float32" else 77, o.dtype))
+        for o in kernel.outputs
+    }
+    library[kernel.name](*(tvm.runtime.tensor(arrays[o.name]) for o in kernel.inputs), *out.values())
+    return {name: tensor.numpy() for name, tensor in out.items()}
+
+
+def numbered(weights: list[Quantized], isa: Isa) -> dict[str, Any]:
+    """The packed arrays of several weights of one kernel."""
+    return {f"{name}{i}": a for i, w in enumerate(weights) for name, a in pack(w, isa).items()}

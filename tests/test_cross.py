@@ -3,6 +3,7 @@
 import platform
 import subprocess
 import sysconfig
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -23,19 +24,32 @@ from gammac.weights import WeightStore
 
 tvm = pytest.importorskip("tvm", reason="needs the extra tvm")
 
-from kernel_inputs import EPSILON, error, inputs, quantized_inputs, random_weight  # noqa: E402
+from kernel_inputs import (  # noqa: E402
+    EPSILON,
+    build,
+    call,
+    error,
+    inputs,
+    numbered,
+    quantized_inputs,
+    random_weight,
+)
 
 from gammac.runtime import emulated as emulation  # noqa: E402
 from gammac.targets.tvm import toolchain  # noqa: E402
 from gammac.targets.tvm.build import demand_core  # noqa: E402
 from gammac.targets.tvm.kernels import (  # noqa: E402
+    Isa,
     Kernel,
     Layout,
     decode_linear,
+    gated_linear,
     isa_of,
     lowering,
     pack,
     prefill_linear,
+    quantize_activations,
+    rms_norm_quantize,
 )
 from gammac.targets.tvm.runner import find_wheel  # noqa: E402
 from gammac.targets.tvm.toolchain import (  # noqa: E402
@@ -70,12 +84,10 @@ class Emulated:
     """Kernels of a target, compiled and linked with the harness."""
 
     def __init__(self, target: Target, folder: Path) -> None:
-        self.isa, self.folder = isa_of(target), folder
-        self.kernels = {}
-        for name, tokens, integer in CASES:
-            make = decode_linear if tokens == 1 else prefill_linear
-            self.kernels[name] = make(parse_format(name), ROWS, COLUMNS, self.isa, integer=integer)
-        functions = {k.name: k.func.with_attr("global_symbol", k.name) for k in self.kernels.values()}
+        self.isa, self.folder, self.core = isa_of(target), folder, CORES[target.name]
+        self.products = {name: product(name, tokens, integer, self.isa) for name, tokens, integer in CASES}
+        kernels = [*self.products.values(), *mlp(self.isa)]
+        functions = {k.name: k.func.with_attr("global_symbol", k.name) for k in kernels}
         with lowering():
             built = tvm.compile(tvm.IRModule(functions), target=tvm.target.Target(self.isa.llvm_target()))
         built.mod.write_to_file(str(folder / "kernels.o"), "o")
@@ -86,48 +98,85 @@ class Emulated:
         command += [str(folder / "kernels.o"), "-lm", "-o", str(folder / "harness")]
         subprocess.run(command, check=True, capture_output=True, text=True)
 
-    def run(self, kernel: Kernel, arrays: dict[str, Any], tokens: int, core: str) -> Any:
-        """What a kernel writes, or the harness's words."""
-        arrays = {**arrays, "y": np.full((tokens, ROWS), np.nan, np.float32)}
+    def call(self, kernel: Kernel, arrays: dict[str, Any], tokens: int = 1) -> dict[str, Any]:
+        """What a kernel writes, by name; before it does, there are bytes of ones."""
+        shapes = {o.name: tuple(tokens if s == "m" else s for s in o.shape) for o in kernel.operands}
         told = []
         for operand in kernel.operands:
-            array, path = arrays[operand.name], self.folder / operand.name
+            written = operand in kernel.outputs
+            shape, path = shapes[operand.name], self.folder / operand.name
+            array = np.ones(shape, operand.dtype) if written else arrays[operand.name]
+            assert (array.shape, array.dtype) == (shape, np.dtype(operand.dtype)), operand
             path.write_bytes(array.tobytes())
-            sizes = "x".join(map(str, array.shape))
-            told.append(f"{DTYPES[array.dtype.kind]}:{8 * array.itemsize}:{sizes}:{path}")
+            kind = f"{'=' * written}{DTYPES[array.dtype.kind]}:{8 * array.itemsize}"
+            told.append(f"{kind}:{'x'.join(map(str, shape))}:{path}")
         emulator = find_emulator(self.isa.machine)
         assert emulator is not None
-        command = [emulator, "-cpu", core, str(self.folder / "harness"), kernel.name, *told]
+        command = [emulator, "-cpu", self.core, str(self.folder / "harness"), kernel.name, *told]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr or f"it ended with {done.returncode}"
-        return np.fromfile(self.folder / "y", np.float32).reshape(tokens, ROWS)
+        read = {o.name: np.fromfile(self.folder / o.name, o.dtype) for o in kernel.outputs}
+        return {name: array.reshape(shapes[name]) for name, array in read.items()}
+
+
+def product(name: str, tokens: int, integer: bool, isa: Isa) -> Kernel:
+    make = decode_linear if tokens == 1 else prefill_linear
+    return make(parse_format(name), ROWS, COLUMNS, isa, integer=integer)
+
+
+# ---- what a block's MLP is made of: a norm, gate and up in one, a product that adds the residual ----
+
+HIDDEN, FFN, EPS = 96, 208, 1e-5
+GATE, UP, DOWN = (parse_format(name) for name in ("w3g32", "w4g32-sym", "w4g16"))
+
+
+def mlp(isa: Isa) -> tuple[Kernel, ...]:
+    return (
+        rms_norm_quantize(HIDDEN, Layout(GATE, FFN, HIDDEN).segment, 1, EPS),
+        gated_linear((GATE, UP), FFN, HIDDEN, isa, integer=True, tokens=1, activation="silu"),
+        quantize_activations(FFN, Layout(DOWN, HIDDEN, FFN).segment, 1),
+        decode_linear(DOWN, HIDDEN, FFN, isa, integer=True, residual=True),
+    )
+
+
+def run_mlp(isa: Isa, run: Callable[[Kernel, dict[str, Any]], dict[str, Any]]) -> Any:
+    """The block's output f32 [1, HIDDEN], its kernels called one after the other."""
+    norm, gated, rounded, down = mlp(isa)
+    gate, up = (random_weight(f, FFN, HIDDEN, seed) for seed, f in enumerate((GATE, UP)))
+    x, gain = inputs(1, HIDDEN), np.abs(inputs(1, HIDDEN, 2)[0])
+    normed = run(norm, {"x": x, "weight": gain})
+    hidden = run(gated, {**normed, **numbered([gate, up], isa)})["y"]
+    codes = run(rounded, {"x": hidden})
+    last = random_weight(DOWN, HIDDEN, FFN, 3)
+    return run(down, {**codes, **pack(last, isa), "residual": x})["y"]
 
 
 @pytest.fixture(scope="module", params=CORES)
-def emulated(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Emulated, str]:
+def emulated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Emulated:
     target = load_target(request.param)
-    machine = isa_of(target).machine
-    if find_linker(machine) is None:
-        pytest.skip(f"nothing here links for {machine}: apt-get install {MACHINES[machine].package}")
-    if find_emulator(machine) is None:
-        pytest.skip(f"nothing here runs code for {machine}: apt-get install qemu-user-static")
-    return Emulated(target, tmp_path_factory.mktemp(target.name)), CORES[request.param]
+    skip_without_toolchain(isa_of(target).machine)
+    return Emulated(target, tmp_path_factory.mktemp(target.name))
 
 
 @pytest.mark.parametrize(("name", "tokens", "integer"), CASES)
 def test_kernels_equal_dequantize_on_every_machine(
-    emulated: tuple[Emulated, str], name: str, tokens: int, integer: bool
+    emulated: Emulated, name: str, tokens: int, integer: bool
 ) -> None:
-    built, core = emulated
     weight = random_weight(parse_format(name), ROWS, COLUMNS)
     layout, x = Layout(weight.format, ROWS, COLUMNS), inputs(tokens, COLUMNS)
     given, meant = quantized_inputs(x, layout) if integer else ({"x": x}, x)
-    y = built.run(built.kernels[name], {**given, **pack(weight, built.isa)}, tokens, core)
+    y = emulated.call(emulated.products[name], {**given, **pack(weight, emulated.isa)}, tokens)["y"]
     # as on this machine: a rounding for each product and sum of a chain, or of the scales alone
     chain = 3 * layout.groups + 3 if integer else COLUMNS + 4
     assert error(y, meant.astype(np.float64), weight) < EPSILON / 2 * chain
+
+
+def test_a_block_gives_the_hosts_output(emulated: Emulated) -> None:
+    host = isa_of("cpu")
+    expected = run_mlp(host, lambda kernel, arrays: call(kernel, build(kernel, host), arrays, 1))
+    found = run_mlp(emulated.isa, emulated.call)
+    # sums in another order may round an input of the last product to the next of its 127 steps
+    assert np.abs(found - expected).max() < 2e-3 * expected.std()
 
 
 # ---- what it refuses ----------------------------------------------------------------------------

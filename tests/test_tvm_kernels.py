@@ -11,12 +11,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gammac.diagnostics import CompileError
-from gammac.formats import IntegerFormat, Quantized, parse_format
+from gammac.formats import IntegerFormat, parse_format
 from gammac.targets.target import load_target
 
 tvm = pytest.importorskip("tvm", reason="the extra tvm is not installed")
 
-from kernel_inputs import EPSILON, error, inputs, quantized_inputs, random_weight  # noqa: E402
+from kernel_inputs import (  # noqa: E402
+    EPSILON,
+    build,
+    call,
+    error,
+    inputs,
+    numbered,
+    quantized_inputs,
+    random_weight,
+)
 
 from gammac.targets.tvm.kernels import (  # noqa: E402
     ISAS,
@@ -27,7 +36,6 @@ from gammac.targets.tvm.kernels import (  # noqa: E402
     gated_linear,
     isa_of,
     leaves,
-    lowering,
     pack,
     packed_bytes,
     prefill_linear,
@@ -55,29 +63,10 @@ def runnable(isa: Isa) -> bool:
     return isa.machine == HOST.machine and host_flags().issuperset(isa.cpu_flags)
 
 
-def build(kernel: Kernel, isa: Isa) -> Any:
-    module = tvm.IRModule({kernel.name: kernel.func.with_attr("global_symbol", kernel.name)})
-    with lowering():
-        return tvm.compile(module, target=tvm.target.Target(isa.llvm_target()))
-
-
 @cache
 def built(make: Any, format_: str, rows: int, columns: int, isa: str, integer: bool) -> tuple[Kernel, Any]:
     kernel = make(parse_format(format_), rows, columns, HERE[isa], integer=integer)
     return kernel, build(kernel, HERE[isa])
-
-
-def call(kernel: Kernel, library: Any, arrays: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """Run a kernel with arrays by name; what it writes starts as NaN or junk."""
-    shapes = {o.name: tuple(tokens if s == "m" else s for s in o.shape) for o in kernel.operands}
-    for o in kernel.inputs:
-        assert (arrays[o.name].shape, arrays[o.name].dtype) == (shapes[o.name], np.dtype(o.dtype)), o
-    out = {
-        o.name: tvm.runtime.tensor(np.full(shapes[o.name], np.nan if o.dtype == "float32" else 77, o.dtype))
-        for o in kernel.outputs
-    }
-    library[kernel.name](*(tvm.runtime.tensor(arrays[o.name]) for o in kernel.inputs), *out.values())
-    return {name: tensor.numpy() for name, tensor in out.items()}
 
 
 def check(format_: str, rows: int, columns: int, isa: Isa, integer: bool, tokens: int) -> None:
@@ -278,10 +267,6 @@ def test_isa_of_names_and_targets() -> None:
 # ---- several in one -----------------------------------------------------------------------------
 
 
-def numbered(weights: list[Quantized]) -> dict[str, Any]:
-    return {f"{name}{i}": a for i, w in enumerate(weights) for name, a in pack(w, HOST).items()}
-
-
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("integer", [True, False])
 def test_bias_and_residual(tokens: int, integer: bool) -> None:
@@ -304,7 +289,7 @@ def test_gate_and_up_in_one(tokens: int, integer: bool) -> None:
     kernel = gated_linear(formats, 37, 64, HOST, integer=integer, tokens=1 if tokens == 1 else "m")
     x = inputs(tokens, 64)
     given_, meant = quantized_inputs(x, Layout(formats[0], 37, 64)) if integer else ({"x": x}, x)
-    y = call(kernel, build(kernel, HOST), {**given_, **numbered([gate, up])}, tokens)["y"]
+    y = call(kernel, build(kernel, HOST), {**given_, **numbered([gate, up], HOST)}, tokens)["y"]
     g, u = (meant @ w.dequantize().double().numpy().T for w in (gate, up))
     np.testing.assert_allclose(y, g / (1 + np.exp(-g)) * u, rtol=1e-5, atol=1e-5)
 
@@ -315,7 +300,7 @@ def test_weights_of_several_formats_in_one_launch(tokens: int) -> None:
     weights = [random_weight(f, n, 64, n) for f, n in zip(formats, rows, strict=True)]
     kernel = stacked_linear(formats, rows, 64, HOST, integer=True, tokens=1 if tokens == 1 else "m")
     given_, meant = quantized_inputs(inputs(tokens, 64), Layout(formats[0], 40, 64))
-    y = call(kernel, build(kernel, HOST), {**given_, **numbered(weights)}, tokens)["y"]
+    y = call(kernel, build(kernel, HOST), {**given_, **numbered(weights, HOST)}, tokens)["y"]
     for part, weight in zip(np.split(y, np.cumsum(rows)[:-1], 1), weights, strict=True):
         assert error(part, meant, weight) < 10 * EPSILON
 
