@@ -3,14 +3,17 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from allocation_models import MODEL
 from click.testing import CliRunner, Result
 
 from gammac import calibrate
 from gammac.cli import main
 from gammac.diagnostics import CompileError
 from gammac.formats import parse_format
+from gammac.ir import parse
 from gammac.targets import cost
 from gammac.targets.target import load_target, parse_target, target_text
 
@@ -53,6 +56,26 @@ def test_a_calibrated_target_predicts_what_was_measured(
     # the other backend's figures are not touched by them
     assert load_target(str(out)).measured == ()
     assert gammac("targets", "show", out, "--backend", "tvm").exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["edge", "cpu-x86"])
+def test_a_models_decode_time_comes_out(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, text, seconds = tmp_path / "mine.toml", target_text(name), 0.125
+    out.write_text(text)
+    module = parse(MODEL.replace("scores =", 'format = "w4g64", scores ='))
+    plan = SimpleNamespace(target=load_target(str(out), "tvm"))
+    session = SimpleNamespace(context=4096)
+    monkeypatch.setattr(calibrate, "make_plan", lambda request, cache: plan)
+    monkeypatch.setattr(
+        calibrate, "compile_model", lambda plan, folder: SimpleNamespace(module=module, folder=folder)
+    )
+    monkeypatch.setattr(calibrate, "open_session", lambda folder, threads: session)
+    timed = SimpleNamespace(decode_seconds=lambda past, new: seconds * new)
+    monkeypatch.setattr(calibrate, "SessionRunner", lambda session: timed)
+    found = parse_target(calibrate.with_call_cost(text, out, "toy", None), "mine.toml", "tvm")
+    assert cost.module_cost(module, found).decode_seconds == pytest.approx(seconds, rel=0.01)
+    others = {op: call for op, call in plan.target.overhead_us.items() if op != "default"}
+    assert {op: call for op, call in found.overhead_us.items() if op != "default"} == others
 
 
 ROWS = """

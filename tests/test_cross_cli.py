@@ -25,7 +25,8 @@ from gammac.targets.tvm.toolchain import CXX, MACHINES, elf_machine, find_emulat
 
 WHEELS = default_cache() / "wheels"
 QUICK = ["--calibration-windows", "4", "--calibration-length", "64", "--strategy", "weight_mse"]
-QUICK += ["--quantizer", "rtn", "--budget", "3", "--context", "64"]
+QUICK += ["--quantizer", "rtn", "--budget", "3", "--context", "64", "--formats", "w3g64"]
+QUICK += ["--table-formats", "w4g64"]
 PROMPT = (423, 14, 155)
 NEW = 32
 

@@ -55,13 +55,17 @@ def targets_show(name: str, backend: str | None) -> None:
 @click.option("--formats", help="Such as w3g64,w4g64 (default: 1 to 8 bits at g64).")
 @click.option("--shapes", help="Rows by columns, such as 4096x4096,11008x4096 (default: small to large).")
 @click.option("--threads", help="Such as 1,2 (default: one, and all cores).")
+@click.option("--model", help="Set what a call costs so that this model's decode time comes out, too.")
+@click.option("--cache", type=click.Path(path_type=Path), help="Where finished work of the model is kept.")
 @click.option("--quick", is_flag=True, help="Few of everything, to try it out: no figures to go by.")
-def targets_calibrate(name: str, out: Path, quick: bool, **wanted: str | None) -> None:
+def targets_calibrate(
+    name: str, out: Path, quick: bool, model: str | None, cache: Path | None, **wanted: str | None
+) -> None:
     """Time the TVM backend's kernels on this machine, and write a target that predicts with them.
 
     Leave the machine alone meanwhile. Use it with --target OUT --backend tvm.
     """
-    from gammac.calibrate import QUICK, Wish, calibrate, calibrated
+    from gammac.calibrate import QUICK, Wish, calibrate, calibrated, with_call_cost
     from gammac.files import write_atomically
     from gammac.runtime.tvm_session import lacking
     from gammac.targets.target import load_target, parse_target, target_text
@@ -80,6 +84,8 @@ def targets_calibrate(name: str, out: Path, quick: bool, **wanted: str | None) -
     made = calibrated(target_text(name), found, out.stem, platform.machine())
     parse_target(made, str(out), "tvm")
     write_atomically(out, made.encode())
+    if model:
+        write_atomically(out, with_call_cost(made, out, model, cache).encode())
     OUT.print(f"{len(found.rows)} rows in {out}: use --target {out} --backend tvm", highlight=False)
 
 
