@@ -13,7 +13,7 @@ from gammac.runtime.emulated import EmulatedSession, NotEmulated
 from gammac.runtime.evaluate import Comparison, OutputComparison
 from gammac.runtime.manifest import Manifest
 
-EMULATED_TOKENS: Final = 32  # an emulator takes a hundred times as long
+EMULATED_TOKENS: Final = 32  # an emulator is slow
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from gammac.runtime.probe import peak_rss_bytes
 from gammac.summary import Row, timing_rows
 from gammac.sweep_report import Grid
 from gammac.targets.cost import Cost
+from gammac.targets.energy import decode_joules
 from gammac.targets.target import Target
 
 
@@ -93,11 +94,17 @@ def estimate(plan: Plan, found: Estimate) -> Table:
         "whole-model bits": f"{cost.whole_model_bits:.3f}",
         "predicted decode": f"{cost.decode_seconds * 1e3:.2f} ms/token",
         "memory at run time": f"{cost.peak_bytes / 1e6:.0f} MB",
+        **_energy(plan, found),
         "compile time": expected_time(found),
         "compile memory": f"about {found.peak_bytes / 1e9:.1f} GB",
         "calibration": f"{found.calibration_tokens} tokens",
     }
     return figures(f"{plan.source.name} → {plan.target.name} (dry run)", rows)
+
+
+def _energy(plan: Plan, found: Estimate) -> dict[str, str]:
+    joules = decode_joules(found.module, plan.target)
+    return {} if joules is None else {"predicted energy": f"{1e3 * joules:.3f} mJ/token"}
 
 
 def expected_time(found: Estimate) -> str:

@@ -150,6 +150,7 @@ def test_mistakes_are_told_before_any_work(
 def test_a_dry_run_knows_the_backend(gammac: Run, tmp_path: Path) -> None:
     said = gammac("compile", "tiny", "-o", tmp_path / "out", "--backend", "tvm", "--dry-run", *QUICK)
     assert said.exit_code == 0 and "predicted decode" in said.stdout
+    assert "predicted energy" in said.stdout and "mJ/token" in said.stdout
 
 
 def test_an_artifact_for_another_processor_is_not_run_but_its_module_is(
