@@ -1,7 +1,8 @@
 """What the driver asks of an emitter: whether it can work here, whether it knows the model, the files."""
 
 import importlib.util
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 
 TVM_VERSION: Final = "0.27."
 TVM_TOOLS: Final = ("apache-tvm", "apache-tvm-ffi")
-# leaves that one instruction or two make of four products in 8 bits: faster than floats
-DOT_PRODUCTS: Final = frozenset({"vnni512", "vnni256", "maddubs", "sdot"})
 
 
 class Backend(Protocol):
@@ -49,6 +48,15 @@ class Backend(Protocol):
     @property
     def elsewhere(self) -> str:
         """Why what is emitted can't run on this machine, or nothing."""
+        ...
+
+    @property
+    def code(self) -> Mapping[str, str]:
+        """What native code is made for: its triple, core and features; nothing where there is none."""
+        ...
+
+    def stand_in(self) -> "Backend | None":
+        """The same emitter for this machine, to try what was emitted for another; None without one."""
         ...
 
     def demand(self, module: Module, ctx: Context) -> None:
@@ -75,6 +83,11 @@ class OnnxBackend:
     activations: str = INT8
     tools: tuple[str, ...] = ()
     elsewhere: str = ""
+    code: Mapping[str, str] = field(default_factory=dict)
+
+    def stand_in(self) -> Backend | None:
+        """There is no other machine."""
+        return None
 
     def demand(self, module: Module, ctx: Context) -> None:
         """Whatever is captured has a form in ONNX, or says so when it is lowered."""
@@ -109,6 +122,20 @@ class TvmBackend:
         from gammac.runtime.tvm_session import lacking
 
         return lacking(self.isa.name, self.isa.machine, self.isa.cpu_flags)
+
+    @property
+    def code(self) -> Mapping[str, str]:
+        """What LLVM is told."""
+        return self.isa.code
+
+    def stand_in(self) -> Backend | None:
+        """This machine's instruction set, if there are kernels for it."""
+        from gammac.targets.tvm.kernels.isa import host_isa
+
+        try:
+            return replace(self, isa=host_isa())
+        except CompileError:
+            return None
 
     def demand(self, module: Module, ctx: Context) -> None:
         """Lower a copy of the module as far as its ops are concerned."""
@@ -150,6 +177,15 @@ class CudaBackend:
         from gammac.targets.tvm.cuda.emit import emit
 
         return emit(module, store, folder, self.target.archs)
+
+    @property
+    def code(self) -> Mapping[str, str]:
+        """Architectures stand in the description."""
+        return {}
+
+    def stand_in(self) -> Backend | None:
+        """See `emulate`."""
+        return None
 
     def emulate(self, module: Module, store: WeightStore, folder: Path, scratch: Path) -> Path | None:
         """The same kernels as loops for this processor."""
@@ -193,12 +229,14 @@ def _tvm(target: Target, portable: bool, product_inputs: str) -> Backend:
         raise CompileError("a TVM artifact is native code for a processor", hint="leave --portable out")
     if target.archs:
         return _cuda(target, product_inputs)
-    from gammac.targets.tvm.build import demand_linker
+    from gammac.targets.tvm.build import demand_core
     from gammac.targets.tvm.kernels.isa import isa_of
+    from gammac.targets.tvm.toolchain import demand_linker
 
     isa = isa_of(target)
     demand_linker(isa.machine)
-    return TvmBackend(target, isa, product_inputs or (INT8 if isa.leaf in DOT_PRODUCTS else FLOAT))
+    demand_core(isa)
+    return TvmBackend(target, isa, product_inputs or INT8)
 
 
 def _cuda(target: Target, product_inputs: str) -> CudaBackend:
@@ -206,9 +244,9 @@ def _cuda(target: Target, product_inputs: str) -> CudaBackend:
         raise CompileError(
             "the kernels for GPUs multiply floats", hint="leave --product-inputs out, or say float"
         )
-    from gammac.targets.tvm.build import demand_linker
     from gammac.targets.tvm.cuda.emit import launcher_isa
     from gammac.targets.tvm.cuda.toolkit import check_archs, demand_nvcc
+    from gammac.targets.tvm.toolchain import demand_linker
 
     check_archs(target.archs)
     demand_linker(launcher_isa().machine)

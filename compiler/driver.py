@@ -4,7 +4,6 @@ capture → passes → emit → check against the original → seal
 """
 
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +13,7 @@ from typing import Any, Final
 from gammac.backends import Backend, backend_of
 from gammac.budget import SIZE, Budget, parse_budgets
 from gammac.cache import PassCache, key_of
+from gammac.closing_check import closing_check
 from gammac.diagnostics import CompileError
 from gammac.files import write_atomically
 from gammac.formats import TWO_FOUR, parse_format, parse_formats
@@ -23,14 +23,16 @@ from gammac.models_zoo.fetch import default_cache, fetch
 from gammac.models_zoo.registry import MODELS
 from gammac.models_zoo.texts import default_calibration_text
 from gammac.passes import Choices, default_pipeline, refine_of, strategy_of
+from gammac.passes.allocate import check_objective
 from gammac.passes.finetune import Distill
 from gammac.passes.legalize_onnx import within_context
 from gammac.passes.refine import Refine
 from gammac.passes.sensitivity import NEED_NEXT_TOKEN
 from gammac.pipeline import Context, Observer, Pipeline, Step
 from gammac.progress import Progress, no_progress
+from gammac.room import demand_room
 from gammac.runtime.artifact import seal
-from gammac.runtime.check import Check, check_artifact
+from gammac.runtime.check import Check
 from gammac.runtime.evaluate import Comparison, OutputComparison
 from gammac.runtime.manifest import TOOLS, Manifest, tool_versions
 from gammac.runtime.staging import check_writable, staging
@@ -50,7 +52,6 @@ GRAPH_BYTES_PER_OP: Final = 500
 LIBRARY_BYTES: Final = 350_000
 SIZE_TRIES: Final = 3
 # of a check that runs a GPU's kernels as loops
-EMULATED_TOKENS: Final = 64
 LIBRARY_SUFFIXES: Final = (".so", ".dylib", ".dll")
 MODULE: Final = "module.gir"
 NO_ROLE: Final = "neither a block's linear, nor the token embedding, nor the head"
@@ -107,10 +108,11 @@ class Compiled:
     module: Module
     manifest: Manifest
     cost: Cost
-    check: Check[Comparison] | Check[OutputComparison] | None  # None: this machine can't run the artifact
+    check: Check[Comparison] | Check[OutputComparison] | None  # None: nothing could be run
     steps: tuple[Step, ...]
     notes: tuple[str, ...]
     seconds: float
+    elsewhere: str = ""  # why this machine can't run it
 
 
 def resolve(model: str, trust_remote_code: bool = False) -> Source:
@@ -134,6 +136,7 @@ def make_plan(request: Request, cache: Path | None = None, *, artifact: bool = T
     backend = backend_of(target, folder, portable=request.portable, product_inputs=request.product_inputs)
     check_target(target, request.choices, compiler=backend.every_width, artifact=artifact)
     default_pipeline(request.choices, target.emitter, compiler=backend.every_width)
+    check_objective(request.choices.objective, budgets)
     if request.calibration is not None:
         read_text(request.calibration)
     source = resolve(request.model, request.trust_remote_code)
@@ -147,6 +150,8 @@ def make_plan(request: Request, cache: Path | None = None, *, artifact: bool = T
             f"{source.name} is an encoder: {needy[0]} needs a next token", hint="use --strategy weight_mse"
         )
     within_context(module, request.context)
+    if artifact:
+        demand_room(module, target, (request.choices.block, request.choices.table), request.context)
     backend.demand(module, Context(target, store))
     seconds = time.perf_counter() - started
     passes = PassCache(folder / "passes")
@@ -155,7 +160,7 @@ def make_plan(request: Request, cache: Path | None = None, *, artifact: bool = T
 
 def check_target(target: Target, choices: Choices, *, compiler: bool, artifact: bool) -> None:
     """Raises CompileError for kinds of formats that a target doesn't run, and for one that writes nothing."""
-    if artifact and target.emitter == NO_EMITTER:
+    if artifact and target.emitter == NO_EMITTER and not target.refusal:
         raise CompileError(
             f"nothing can be compiled for {target.name}: it has no emitter",
             hint="gammac sweep measures allocations on it; compile for another target, such as cpu",
@@ -235,27 +240,15 @@ def compile_model(
     with staging(out, overwrite) as folder:
         written = _lower_within_size(plan, ctx, folder, (*observers, steps.append))
         manifest = manifest_of(plan, written)
-        check = _checked(plan, written.module, ctx, folder, manifest)
+        checked = closing_check(
+            plan.backend, plan.module, written.module, ctx, folder, manifest, plan.folder
+        )  # fmt: skip
         manifest = seal(folder, manifest)
     cost = module_cost(written.module, plan.target)
     seconds = time.perf_counter() - started + plan.capture_seconds
-    notes = tuple(notes_on(plan, written.module, checked=check is not None))
-    return Compiled(out, written.module, manifest, cost, check, tuple(steps), notes, seconds)
-
-
-def _checked(
-    plan: Plan, module: Module, ctx: Context, folder: Path, manifest: Manifest
-) -> Check[Comparison] | Check[OutputComparison] | None:
-    """The artifact against the original, or what computes the same here; None where nothing does."""
-    if not plan.backend.elsewhere:
-        return check_artifact(plan.module, module, ctx.store, ctx.calibration, folder, manifest)
-    with tempfile.TemporaryDirectory() as scratch:
-        twin = plan.backend.emulate(module, ctx.store, folder, Path(scratch))
-        if twin is None:
-            return None
-        return check_artifact(
-            plan.module, module, ctx.store, ctx.calibration, twin, manifest, tokens=EMULATED_TOKENS
-        )
+    notes = (*notes_on(plan, written.module), *filter(None, [checked.note]))
+    found = (checked.check, tuple(steps), notes, seconds, plan.backend.elsewhere)
+    return Compiled(out, written.module, manifest, cost, *found)
 
 
 @dataclass(frozen=True)
@@ -330,6 +323,7 @@ def manifest_of(plan: Plan, written: Written) -> Manifest:
         fallbacks=dict(fallbacks(plan, module)),
         library=written.library,
         activations=plan.backend.activations,
+        code=plan.backend.code,
         tools=tool_versions((*TOOLS, *plan.backend.tools)),
     )
 
@@ -358,7 +352,7 @@ def fallbacks(plan: Plan, module: Module) -> Iterator[tuple[str, str]]:
             yield name, f"{' or '.join(asked)} does not fit {_columns(weight)} inputs: {stored}"
 
 
-def notes_on(plan: Plan, module: Module, *, checked: bool) -> Iterator[str]:
+def notes_on(plan: Plan, module: Module) -> Iterator[str]:
     """What a user should know and might not expect."""
     left = list(not_quantized(module))
     if left:
@@ -369,11 +363,6 @@ def notes_on(plan: Plan, module: Module, *, checked: bool) -> Iterator[str]:
     rounded = {op.attrs["bits"] for op in emitted_function(module).ops if op.name == "fake_quantize"}
     if rounded:
         yield f"linears of blocks read activations of {', '.join(sorted(map(str, rounded)))} bits"
-    elsewhere = plan.backend.elsewhere
-    if elsewhere and checked:
-        yield f"the device code was not run: {elsewhere}; checked were the same kernels as loops on the CPU"
-    elif elsewhere:
-        yield f"not checked: {elsewhere}"
     if not plan.compiler:
         yield "no C++ compiler: rows are split between 2, 4 and 8 bits; with one, every width has a kernel"
 

@@ -12,7 +12,9 @@ from typing import Final
 
 import torch
 
+from gammac.budget import LOSS
 from gammac.calibration import BATCH_WINDOWS
+from gammac.diagnostics import CompileError
 from gammac.driver import Plan, calibration_of, context_of, extra_bytes
 from gammac.ir import Module, Weight
 from gammac.passes import default_pipeline, incoherence_of, refine_of, strategy_of
@@ -52,6 +54,11 @@ class Estimate:
 
 def estimate(plan: Plan) -> Estimate:
     """Raises CompileError for a budget that can't be met, as the compile would."""
+    if any(budget.kind == LOSS for budget in plan.budgets):
+        raise CompileError(
+            "a limit of the predicted loss takes scores, and a dry run makes none",
+            hint="leave it out, or compile: another limit starts at the allocation",
+        )
     ctx = context_of(plan)
     extra = extra_bytes(plan, plan.module)
     allocate = Allocate(tie=plan.request.choices.tie, extra_bytes=extra)

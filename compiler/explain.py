@@ -11,8 +11,9 @@ from typing import Final
 from gammac.diagnostics import CompileError
 from gammac.formats import parse_format
 from gammac.ir import Module, Weight
-from gammac.passes.allocate import tie_groups, weights_with_roles
-from gammac.targets.cost import WeightCost, readers, weight_cost
+from gammac.passes.allocate import tie_groups
+from gammac.passes.allocation_limits import weights_with_roles
+from gammac.targets.cost import WeightCost, readers, weight_cost, weight_seconds
 from gammac.targets.target import Target
 
 MBIT: Final = 1e6
@@ -204,6 +205,23 @@ def _step(names: tuple[str, ...], before: Option, after: Option) -> Step | None:
         names, before.format, after.format, after.score - before.score, after.true_bits - before.true_bits,
         after.bytes - before.bytes, after.seconds - before.seconds,
     )  # fmt: skip
+
+
+def on_device(found: Explanation, target: Target) -> Iterator[str]:
+    """What the format costs on the target, why, and which wider formats are no slower there."""
+    now = next((option for option in found.options if option.format == found.chosen), None)
+    rows, columns = found.weight.type.shape[0], found.weight.type.shape[-1]
+    if now is None or not now.seconds:
+        return
+    assert isinstance(rows, int) and isinstance(columns, int)
+    role = str(found.weight.attrs.get("role"))
+    reading, unpacking = weight_seconds(rows, columns, parse_format(now.format), target, role)
+    what = "reading its bytes" if reading >= unpacking else "unpacking its weights"
+    yield f"on {target.name}: {1e6 * now.seconds:.1f} µs a token, of which {what} takes most"
+    wider = [o for o in found.options if o.true_bits > now.true_bits and o.seconds <= now.seconds]
+    if wider:
+        names = " and ".join(f"{o.format} ({1e6 * o.seconds:.1f} µs)" for o in wider)
+        yield f"{names} would take no longer there: only a limit of size, memory or bits speaks against"
 
 
 def reasons(found: Explanation) -> Iterator[str]:

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from gammac.budget import SIZE, Budget, parse_budgets
+from gammac.budget import LOSS, SIZE, Budget, parse_budgets
 from gammac.cache import key_of
 from gammac.driver import Plan, Request, context_of, demand_predictions, extra_bytes, make_plan
 from gammac.dryrun import guess_scores
@@ -143,11 +143,12 @@ def _check(wish: SweepRequest, plan: Plan) -> None:
 
 
 def _refuse_what_can_t_be_met(plan: Plan, ctx: Context, granted: Sequence[Sequence[Budget]]) -> None:
-    """Which budgets can be met depends on formats and sizes, so that any scores will do."""
+    """Which budgets can be met depends on formats and sizes, so that any scores will do, but for a loss."""
     module = guess_scores(plan, ctx)
     for budgets in granted:
         _, choose = _passes(plan, WeightMse.name, budgets)
-        Pipeline(tuple(choose[:1])).run(module, replace(ctx, budgets=tuple(budgets)))
+        known = tuple(budget for budget in budgets if budget.kind != LOSS)
+        Pipeline(tuple(choose[:1])).run(module, replace(ctx, budgets=known))
 
 
 def _tokens(wish: SweepRequest, plan: Plan, ctx: Context) -> tuple[str, Tensor]:

@@ -17,6 +17,7 @@ from gammac.runtime.probe import peak_rss_bytes
 from gammac.summary import Row, timing_rows
 from gammac.sweep_report import Grid
 from gammac.targets.cost import Cost
+from gammac.targets.energy import decode_joules
 from gammac.targets.target import Target
 from gammac.targets.tvm.cuda.report import KernelReport
 
@@ -66,7 +67,7 @@ def closing_lines(compiled: Compiled) -> Iterator[str]:
     yield (
         f"{size / 1e6:.1f} MB, payload {manifest.payload_bits:.3f} bits, true {manifest.true_bits:.3f} bits, "
         f"whole model {manifest.whole_model_bits:.3f} bits; "
-        f"predicted {compiled.cost.decode_seconds * 1e3:.2f} ms/token"
+        f"predicted {compiled.cost.decode_seconds * 1e3:.2f} ms/token{_predicted_loss(compiled.module)}"
     )
     if isinstance(check, Comparison):
         yield (
@@ -79,7 +80,14 @@ def closing_lines(compiled: Compiled) -> Iterator[str]:
     yield from (f"note: {note}" for note in compiled.notes)
     yield f"took {compiled.seconds:.0f} s, at most {peak_rss_bytes() / 1e9:.2f} GB of memory"
     verb = "run" if manifest.kind == "decoder" else "inspect"
-    yield f"next: gammac {verb} {compiled.folder}" + (" --prompt …" if verb == "run" else "")
+    where = ", on the device" if compiled.elsewhere else ""
+    yield f"next{where}: gammac {verb} {compiled.folder}" + (" --prompt …" if verb == "run" else "")
+
+
+def _predicted_loss(module: Module) -> str:
+    """The sum of the scores, which --max-loss limits."""
+    allocation = module.attrs.get("allocation")
+    return f", loss {allocation['objective']:.4g}" if isinstance(allocation, Mapping) else ""
 
 
 def _rounding_line(compiled: Compiled) -> Iterator[str]:
@@ -101,11 +109,17 @@ def estimate(plan: Plan, found: Estimate) -> Table:
         "whole-model bits": f"{cost.whole_model_bits:.3f}",
         "predicted decode": f"{cost.decode_seconds * 1e3:.2f} ms/token",
         "memory at run time": f"{cost.peak_bytes / 1e6:.0f} MB",
+        **_energy(plan, found),
         "compile time": expected_time(found),
         "compile memory": f"about {found.peak_bytes / 1e9:.1f} GB",
         "calibration": f"{found.calibration_tokens} tokens",
     }
     return figures(f"{plan.source.name} → {plan.target.name} (dry run)", rows)
+
+
+def _energy(plan: Plan, found: Estimate) -> dict[str, str]:
+    joules = decode_joules(found.module, plan.target)
+    return {} if joules is None else {"predicted energy": f"{1e3 * joules:.3f} mJ/token"}
 
 
 def expected_time(found: Estimate) -> str:
@@ -220,6 +234,14 @@ def kernels(target: Target) -> Table:
         needs = "a C++ compiler" if kernel.needs_compiler else ""
         bits = " ".join(f"{b:g}" for b in kernel.bits)
         table.add_row(kernel.op, kernel.role, kernel.kind, bits, groups, needs)
+    return table
+
+
+def analysed(target: Target) -> Table:
+    """Rates of kernels that were counted, not timed."""
+    table = Table("bits", "group", "10⁹ weights/s", "10⁹ op/s", "source", title="analysed, one thread")
+    for row in target.analysed:
+        table.add_row(str(row.bits), str(row.group), f"{row.gweights:g}", f"{row.gflops:g}", row.source)
     return table
 
 

@@ -84,7 +84,7 @@ def default_pipeline(
         Candidates(choices.block, choices.table, *how, compiler=compiler),
         strategy,
         # the choice, and its execution; everything above is the same for every budget
-        Allocate(tie=choices.tie, extra_bytes=extra_bytes),
+        Allocate(tie=choices.tie, extra_bytes=extra_bytes, objective=choices.objective),
         *refine_of(choices, extra_bytes),
         *((LearnRounding(),) if choices.learn_rounding else ()),
         *((Distill(),) if choices.distill else ()),

@@ -12,15 +12,15 @@ one format. What was reached stands in the module's attribute `allocation`.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from fractions import Fraction
+from dataclasses import dataclass, replace
 from typing import ClassVar, Final
 
-from gammac.budget import ENERGY, KINDS, LATENCY, PAYLOAD, SIZE, TRUE, Budget, parse_budgets, spelled
+from gammac.budget import ENERGY, KINDS, LATENCY, LOSS, PAYLOAD, Budget, parse_budgets, spelled
 from gammac.diagnostics import CompileError
 from gammac.formats import parse_format
 from gammac.ir import Module, Op, Value, Weight
-from gammac.passes.allocation_problem import Choice, Group, Picks
+from gammac.passes.allocation_limits import Candidate, Limit, cost_in, limit_of, weights_with_roles
+from gammac.passes.allocation_problem import Choice, Group, Picks, used
 from gammac.passes.allocation_search import Infeasible, choose
 from gammac.passes.quantize import weights_have_formats
 from gammac.passes.sensitivity.scores import weights_have_scores
@@ -28,27 +28,17 @@ from gammac.pipeline import Context, Invariant
 from gammac.targets import cost
 from gammac.targets.target import BLOCK, Target
 
-NANOSECONDS: Final = 10**9
-
-
-@dataclass(frozen=True)
-class Limit:
-    """A budget in whole bits, bytes or nanoseconds, and what the module takes of it in any case."""
-
-    budget: Budget
-    total: int
-    fixed: int
-    per: Fraction  # one unit of the budget's value, in those whole ones
-
-    @property
-    def capacity(self) -> int:
-        """What is left to choose with."""
-        return self.total - self.fixed
+QUALITY: Final = "quality"
+# what else may be made as small as possible, and the budget that counts it; the amount has no meaning
+OBJECTIVES: Final = {LATENCY: Budget(LATENCY, 1.0, "1s/token"), ENERGY: Budget(ENERGY, 1.0, "1J/token")}
 
 
 @dataclass(frozen=True)
 class Allocate:
-    """`budget` (joined by `+`) takes the place of the compile's own. `tie`: as the target says if None."""
+    """`budget` (joined by `+`) takes the place of the compile's own. `tie`: as the target says if None.
+
+    `objective` is quality (the least predicted loss), latency or energy; these want a limit of the loss.
+    """
 
     name: ClassVar[str] = "allocate"
     reads: ClassVar[tuple[str, ...]] = ("budget", "target")
@@ -57,16 +47,33 @@ class Allocate:
     budget: str = ""
     tie: bool | None = None
     extra_bytes: int = 0  # of the artifact's graph and tokenizer, for a budget in bytes
+    objective: str = QUALITY
 
     def run(self, module: Module, ctx: Context) -> Module:
         """Raises CompileError when the budgets can't be met: the tightest, and what would be enough."""
         limits, rows = problem(module, ctx, self.budget, self.tie, self.extra_bytes)
-        groups = [group for _, group in rows]
-        try:
-            picks = choose(groups, tuple(limit.capacity for limit in limits))
-        except Infeasible as error:
-            raise _refusal(error, limits, groups) from error
+        check_objective(self.objective, [limit.budget for limit in limits])
+        if self.objective != QUALITY:
+            limits = [*limits, self._least(module, ctx, limits)]
+            rows = rows_of(module, ctx, limits, self.tie)
+        picks = _choose([group for _, group in rows], limits)
         return with_formats(module, formats_of(rows, picks), ctx.target, self.extra_bytes)
+
+    def _least(self, module: Module, ctx: Context, limits: Sequence[Limit]) -> Limit:
+        """The least of the objective within the limits, as one: of what is as fast, the best is wanted."""
+        wanted = limit_of(OBJECTIVES[self.objective], module, ctx.target)
+        groups = [group for _, group in rows_of(module, ctx, [*limits, wanted], self.tie)]
+        picks = _choose([_aiming(group) for group in groups], limits)
+        taken = used(groups, picks, len(limits) + 1)[-1]
+        return replace(wanted, total=taken + wanted.fixed)
+
+
+def _choose(groups: Sequence[Group], limits: Sequence[Limit]) -> Picks:
+    """Raises CompileError where the limits can't be met: the tightest, and what would be enough."""
+    try:
+        return choose(groups, tuple(limit.capacity for limit in limits))
+    except Infeasible as error:
+        raise _refusal(error, limits, groups) from error
 
 
 # weights that are decided together, and their choices
@@ -77,9 +84,34 @@ def problem(
     module: Module, ctx: Context, budget: str, tie: bool | None, extra_bytes: int
 ) -> tuple[list[Limit], list[Row]]:
     """The limits, and who may get what. The arguments are Allocate's options."""
-    budgets = parse_budgets(budget) if budget else ctx.budgets
+    # in an order of their own, so that the user's decides nothing
+    budgets = sorted(
+        parse_budgets(budget) if budget else ctx.budgets, key=lambda b: (b.kind, b.tokens, b.value)
+    )
     limits = [limit_of(b, module, ctx.target, extra_bytes) for b in budgets]
-    return limits, _rows(module, ctx.target, limits, ctx.target.tie if tie is None else tie)
+    return limits, rows_of(module, ctx, limits, tie)
+
+
+def rows_of(module: Module, ctx: Context, limits: Sequence[Limit], tie: bool | None) -> list[Row]:
+    """Who may get what, with what it takes of each limit."""
+    return _rows(module, ctx.target, limits, ctx.target.tie if tie is None else tie)
+
+
+def check_objective(objective: str, budgets: Sequence[Budget]) -> None:
+    """Raises CompileError for an unknown objective, and for one that nothing holds back."""
+    if objective != QUALITY and objective not in OBJECTIVES:
+        known = " or ".join((QUALITY, *OBJECTIVES))
+        raise CompileError(f"the objective is {known}, not {objective!r}")
+    if objective != QUALITY and LOSS not in {budget.kind for budget in budgets}:
+        raise CompileError(
+            f"the objective {objective} alone takes the cheapest format everywhere",
+            hint="limit the predicted loss, as in --max-loss 0.5; a compile says what it came to",
+        )
+
+
+def _aiming(group: Group) -> Group:
+    """Choices scored by their last cost, which bounds nothing then."""
+    return tuple(replace(c, score=float(c.costs[-1]), costs=c.costs[:-1]) for c in group)
 
 
 def formats_of(rows: Sequence[Row], picks: Picks) -> dict[str, str]:
@@ -87,11 +119,6 @@ def formats_of(rows: Sequence[Row], picks: Picks) -> dict[str, str]:
     return {
         name: group[pick].name for (names, group), pick in zip(rows, picks, strict=True) for name in names
     }
-
-
-def weights_with_roles(module: Module) -> dict[str, Weight]:
-    """The weights that get a format."""
-    return {name: w for name, w in module.weights.items() if "role" in w.attrs}
 
 
 def tie_groups(module: Module) -> list[tuple[str, ...]]:
@@ -125,40 +152,6 @@ def _block_linear(op: Op, module: Module) -> str:
 # ---- the module as an integer program -----------------------------------------------------------
 
 
-def limit_of(budget: Budget, module: Module, target: Target, extra_bytes: int = 0) -> Limit:
-    """A budget in whole numbers. Raises CompileError for one that the target can't predict."""
-    weights = weights_with_roles(module)
-    block = sum(w.type.numel() for w in weights.values() if w.attrs["role"] == BLOCK)
-    per, fixed = Fraction(1), 0
-    if budget.kind == ENERGY:
-        raise CompileError(
-            f"budget {budget}: the target {target.name} has no energy data",
-            hint="give a budget in bits, bytes or ms/token",
-        )
-    if budget.kind in (PAYLOAD, TRUE):
-        per = Fraction(block)
-        fixed = cost.serving_bits(module) if budget.kind == TRUE else 0
-    if budget.kind == SIZE:
-        floats = (w for name, w in module.weights.items() if name not in weights)
-        fixed = extra_bytes + sum(cost.weight_cost(w, (), module, target).bytes for w in floats)
-    if budget.kind == LATENCY:
-        per, fixed = Fraction(NANOSECONDS), _nanoseconds(_fixed_seconds(module, target, weights))
-    return Limit(budget, math.floor(budget.exact * per), fixed, per)
-
-
-def _fixed_seconds(module: Module, target: Target, weights: Mapping[str, Weight]) -> float:
-    """A decoded token's seconds outside the linears that get a format."""
-    function, sizes = cost.decode_function(module) or (None, {})
-    refs = ((op, op.weight()) for op in (function.ops if function else ()))
-    others = (op for op, ref in refs if op.name != "linear" or ref is None or ref.name not in weights)
-    return sum(cost.op_seconds(op, module, target, sizes) for op in others)
-
-
-def _nanoseconds(seconds: float) -> int:
-    # rounded up, so that a sum never promises less than its parts
-    return math.ceil(seconds * NANOSECONDS)
-
-
 def _rows(module: Module, target: Target, limits: Sequence[Limit], tie: bool) -> list[Row]:
     """Weights that are decided together, and their choices; a tie without a common format is undone."""
     readers = cost.readers(module)
@@ -188,7 +181,8 @@ def _choices(
         if not math.isfinite(score):
             raise CompileError(f"the score of {name} is {score}", loc=weight.name)
         row = cost.weight_cost(weight, readers, module, target, {weight.name: name})
-        costs = tuple(_cost_in(limit.budget.kind, row) for limit in limits)
+        candidate = Candidate(weight, readers, module, target, row, float(score))
+        costs = tuple(cost_in(limit, candidate) for limit in limits)
         found[name] = Choice(name, float(score), costs, (row.payload_bits, row.bytes))
     if not found:
         raise CompileError(
@@ -197,17 +191,6 @@ def _choices(
             hint="choose other candidates",
         )
     return found
-
-
-def _cost_in(kind: str, row: cost.WeightCost) -> int:
-    """What a weight takes of a budget, in whole units."""
-    block = row.role == BLOCK
-    return {
-        PAYLOAD: row.payload_bits * block,
-        TRUE: row.storage_bits * block,
-        SIZE: row.bytes,
-        LATENCY: _nanoseconds(row.decode_seconds),
-    }[kind]
 
 
 def _sum(parts: Sequence[Choice]) -> Choice:
@@ -224,7 +207,7 @@ def _refusal(error: Infeasible, limits: Sequence[Limit], groups: Sequence[Group]
     """Which budget is too tight, and the smallest that would do."""
     limit = limits[error.limit]
     kind = limit.budget.kind
-    enough = spelled(kind, (error.needed + limit.fixed) / limit.per)
+    enough = spelled(kind, (error.needed + limit.fixed) / limit.per, limit.budget.tokens)
     unit = f" {KINDS[kind]}" if kind == PAYLOAD else ""
     formats = sorted({choice.name for group in groups for choice in group}, key=parse_format)
     others = [str(other.budget) for other in limits if other is not limit]

@@ -5,6 +5,7 @@ from typing import Final
 
 from gammac.diagnostics import CompileError
 from gammac.formats import INTEGER, TWO_FOUR, IntegerFormat, TwoFourFormat, parse_formats
+from gammac.passes.allocate import QUALITY
 from gammac.passes.awq import Awq
 from gammac.passes.finetune import LEARNABLE
 from gammac.passes.incoherence import Incoherence
@@ -53,6 +54,7 @@ class Choices:
     activations: str = ""
     guided: bool = False
     incoherence: str | None = None
+    objective: str = QUALITY
     learn_rounding: bool = False
     distill: bool = False
 
@@ -85,6 +87,12 @@ def refine_of(choices: Choices, extra_bytes: int = 0) -> tuple[Refine, ...]:
     """The step behind the allocation, or nothing. Raises CompileError for wrong options."""
     _, plus, said = choices.strategy.partition("+")
     wanted = choices.refine if choices.refine is not None else strategy_of(choices).name in REFINED
+    if choices.objective != QUALITY:
+        if plus or choices.refine:
+            raise CompileError(
+                f"refine improves quality, the objective is {choices.objective}", hint="leave out one of them"
+            )
+        return ()
     if not plus and not wanted:
         return ()
     text = said if plus else Refine.name

@@ -20,7 +20,8 @@ from typing import ClassVar, Final
 
 from gammac.diagnostics import CompileError
 from gammac.ir import Module
-from gammac.passes.allocate import Limit, Row, formats_of, problem, with_formats
+from gammac.passes.allocate import Row, formats_of, problem, with_formats
+from gammac.passes.allocation_limits import Limit
 from gammac.passes.allocation_search import Infeasible, choose, upgraded
 from gammac.passes.candidates import weights_have_candidates
 from gammac.passes.kl_gradient import Formats, KlGradient, Slopes

@@ -2,32 +2,28 @@
 
 Seconds of a linear: a measured row if the target has one, else the call's overhead plus the slowest of
 reading its bytes, decoding its weights (which below 4 bits takes longer than reading them) and multiplying.
+Rates are those of analysed rows where there are any, else of the kernel's row.
 """
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
+
 from gammac.diagnostics import CompileError
 from gammac.formats import DualBinaryFormat, Format, IntegerFormat, TwoFourFormat, parse_format
-from gammac.ir import Function, Module, Op, TensorType, Weight, WeightRef
+from gammac.ir import Function, Module, Op, TensorType, Value, Weight, WeightRef
 from gammac.ir.types import BYTES, evaluate
-from gammac.targets.target import BLOCK, Kernel, Target
+from gammac.targets.padding import any_bits_bytes, ceil_div, packed_bytes, warp_bytes
+from gammac.targets.target import BLOCK, TABLE, Kernel, Target
 
 CONTEXT: Final = 512  # positions in the cache while decoding, and tokens of a prefill
 FLOAT_BYTES: Final = 4  # artifacts keep what is not quantized in f32
 ANY_BITS: Final = "MatMulAnyBits"
 PACKED: Final = "PackedLinear"
 WARP: Final = "WarpLinear"
-STRIP_ROWS, CHUNK_COLUMNS = 4, 64  # it pads to these
-PANEL_ROWS: Final = 16  # PackedLinear pads rows to this
-# and columns to what fills vectors of each plane that a code is cut into: 3 bits are 2 + 1
-SUPERSTEPS: Final = {1: 32, 2: 16, 3: 32, 4: 8, 5: 32, 6: 16, 7: 32, 8: 4}
-ALIGNMENT: Final = 64
-# WarpLinear pads rows to what a block of threads takes, and inputs to what a thread takes
-WARP_ROWS, WARP_COLUMNS = 16, 32
 
 Formats = Mapping[str, str]
 Sizes = dict[str, int]
@@ -77,18 +73,18 @@ def stored_bytes(rows: int, columns: int, format_: Format, target: Target, role:
     kernel = kernel_of(format_, columns, target, role)
     fitted = format_.fit(columns)
     if isinstance(fitted, DualBinaryFormat) and kernel.op == ANY_BITS:
-        return 2 * _any_bits_bytes(rows, columns, fitted.plane, fitted.groups(columns), kernel.scale_bytes)
+        return 2 * any_bits_bytes(rows, columns, fitted.plane, fitted.groups(columns), kernel.scale_bytes)
     if kernel.op == PACKED and isinstance(fitted, IntegerFormat | TwoFourFormat):
-        return _packed_bytes(rows, columns, fitted, kernel.scale_bytes)
+        return packed_bytes(rows, columns, fitted, kernel.scale_bytes)
     if kernel.op == WARP and isinstance(fitted, IntegerFormat):
-        return _warp_bytes(rows, columns, fitted, kernel.scale_bytes)
+        return warp_bytes(rows, columns, fitted, kernel.scale_bytes)
     if not isinstance(fitted, IntegerFormat):
-        return _ceil(fitted.storage_bits(rows, columns), 8)
+        return ceil_div(fitted.storage_bits(rows, columns), 8)
     groups = fitted.groups(columns)
     if kernel.op == ANY_BITS:
-        return _any_bits_bytes(rows, columns, fitted, groups, kernel.scale_bytes)
-    codes = rows * groups * _ceil(fitted.inputs_per_scale(columns) * fitted.bits, 8)
-    zeros = 0 if fitted.symmetric else rows * _ceil(groups * fitted.bits, 8)
+        return any_bits_bytes(rows, columns, fitted, groups, kernel.scale_bytes)
+    codes = rows * groups * ceil_div(fitted.inputs_per_scale(columns) * fitted.bits, 8)
+    zeros = 0 if fitted.symmetric else rows * ceil_div(groups * fitted.bits, 8)
     return codes + rows * groups * kernel.scale_bytes + zeros
 
 
@@ -103,39 +99,6 @@ def kernel_of(format_: Format, columns: int, target: Target, role: str = BLOCK) 
     return kernel
 
 
-def _any_bits_bytes(rows: int, columns: int, format_: IntegerFormat, groups: int, scale_bytes: int) -> int:
-    strips = _ceil(rows, STRIP_ROWS)
-    codes = strips * STRIP_ROWS * _ceil(columns, CHUNK_COLUMNS) * CHUNK_COLUMNS * format_.bits // 8
-    # zeros of two groups by four rows are eight codes: `bits` bytes
-    zeros = 0 if format_.symmetric else strips * _ceil(groups, 2) * format_.bits
-    return codes + strips * STRIP_ROWS * groups * scale_bytes + zeros
-
-
-def _packed_bytes(rows: int, columns: int, format_: IntegerFormat | TwoFourFormat, scale_bytes: int) -> int:
-    if isinstance(format_, TwoFourFormat):
-        # codes are those of half the inputs, positions those of a quarter of them
-        step = math.lcm(2 * SUPERSTEPS[format_.width], 4 * SUPERSTEPS[format_.index_bits])
-    else:
-        step = SUPERSTEPS[format_.bits]
-    padded = _ceil(rows, PANEL_ROWS) * PANEL_ROWS
-    return _padded_bytes(padded, _ceil(columns, step) * step, format_, format_.groups(columns), scale_bytes)
-
-
-def _warp_bytes(rows: int, columns: int, format_: IntegerFormat, scale_bytes: int) -> int:
-    padded, wide = _ceil(rows, WARP_ROWS) * WARP_ROWS, _ceil(columns, WARP_COLUMNS) * WARP_COLUMNS
-    return _padded_bytes(padded, wide, format_, format_.groups(columns), scale_bytes)
-
-
-def _padded_bytes(
-    rows: int, columns: int, format_: IntegerFormat | TwoFourFormat, groups: int, scale_bytes: int
-) -> int:
-    """Codes, scales and zeros of a byte, each rounded up to the alignment."""
-    symmetric = isinstance(format_, TwoFourFormat) or format_.symmetric
-    zeros = 0 if symmetric else rows * groups
-    parts = (int(rows * columns * format_.bits) // 8, rows * groups * scale_bytes, zeros)
-    return sum(_ceil(part, ALIGNMENT) * ALIGNMENT for part in parts)
-
-
 # ---- seconds ------------------------------------------------------------------------------------
 
 
@@ -143,18 +106,26 @@ def linear_seconds(
     rows: int, columns: int, format_: Format | None, target: Target, tokens: int = 1, role: str = BLOCK
 ) -> float:
     """Seconds of x @ weight.T for `tokens` rows of x, on the target's threads; None is f32."""
-    measured = _measured(rows, columns, format_, target) if tokens == 1 else None
+    measured = _measured(rows, columns, format_, target, tokens)
     if measured is not None:
         return measured
     flops = 2 * tokens * rows * columns
     if format_ is None:
         work = flops / (target.float_gflops * target.threads * 1e9) if tokens > 1 else 0.0
         return overhead("linear", target) + max(FLOAT_BYTES * rows * columns / target.bandwidth, work)
+    _, gflops = target.rates(format_.fit(columns), kernel_of(format_, columns, target, role))
+    work = flops / (gflops * target.threads * 1e9) if tokens > 1 else 0.0
+    return overhead("linear", target) + max(*weight_seconds(rows, columns, format_, target, role), work)
+
+
+def weight_seconds(
+    rows: int, columns: int, format_: Format, target: Target, role: str = BLOCK
+) -> tuple[float, float]:
+    """Seconds that reading a weight takes, and unpacking it: the longer one counts."""
     fitted, kernel = format_.fit(columns), kernel_of(format_, columns, target, role)
+    gweights, _ = target.rates(fitted, kernel)
     reading = stored_bytes(rows, columns, fitted, target, role) / target.bandwidth
-    decoding = rows * columns / (kernel.rate(kernel.gweights, fitted) * target.threads * 1e9)
-    work = flops / (kernel.rate(kernel.gflops, fitted) * target.threads * 1e9) if tokens > 1 else 0.0
-    return overhead("linear", target) + max(reading, decoding, work)
+    return reading, rows * columns / (gweights * target.threads * 1e9)
 
 
 def overhead(op: str, target: Target) -> float:
@@ -162,11 +133,23 @@ def overhead(op: str, target: Target) -> float:
     return target.overhead_us.get(op, target.overhead_us["default"]) * 1e-6
 
 
-def _measured(rows: int, columns: int, format_: Format | None, target: Target) -> float | None:
+def _measured(rows: int, columns: int, format_: Format | None, target: Target, tokens: int) -> float | None:
+    """What was timed in the format on the target's threads: the shape itself, or between those around it.
+
+    Beyond the largest shape seconds grow with the weights, below the smallest one they shrink to a call's
+    overhead. A prefill's seconds grow with its tokens.
+    """
     name = format_.fit(columns).name if format_ else "f32"
-    wanted = ("linear", name, rows, columns, target.threads)
-    found = (m.seconds for m in target.measured if (m.op, m.format, m.rows, m.columns, m.threads) == wanted)
-    return next(found, None)
+    mine = [m for m in target.measured if (m.op, m.format, m.threads) == ("linear", name, target.threads)]
+    timed = [m for m in mine if (m.tokens > 1) == (tokens > 1)]
+    exact = [m.seconds for m in timed if (m.rows, m.columns, m.tokens) == (rows, columns, tokens)]
+    if exact or not timed:
+        return exact[0] if exact else None
+    points = sorted((m.rows * m.columns, m.seconds * tokens / m.tokens) for m in timed)
+    sizes, seconds = zip((0, overhead("linear", target)), *points, strict=True)
+    if rows * columns > sizes[-1]:
+        return float(seconds[-1] * rows * columns / sizes[-1])
+    return float(np.interp(rows * columns, sizes, seconds))
 
 
 def sizes_of(seq: int, past: int) -> Sizes:
@@ -181,8 +164,9 @@ def op_seconds(op: Op, module: Module, target: Target, sizes: Sizes, formats: Fo
     ref = op.weight()
     if op.name == "linear" and ref is not None:
         weight = module.weights[ref.name]
-        tokens = _numel(op.operands[0].type, sizes) // _columns(weight)
         role = str(weight.attrs.get("role", BLOCK))
+        tokens = numel_at(op.operands[0].type, sizes) // _columns(weight)
+        tokens = 1 if target.last_logits and role == TABLE else tokens
         return linear_seconds(
             _rows(weight), _columns(weight), format_of(weight, formats), target, tokens, role
         )
@@ -197,21 +181,26 @@ def op_seconds(op: Op, module: Module, target: Target, sizes: Sizes, formats: Fo
 
 
 def _attention_seconds(op: Op, target: Target, sizes: Sizes) -> float:
-    keys, values = op.results[1:] if op.name == "gqa" else op.operands[1:3]
-    cache = _numel(keys.type, sizes) + _numel(values.type, sizes)
-    queries = _numel(op.results[0].type, sizes)
-    total = evaluate(keys.type.shape[2], sizes)
+    cache, macs = attention_work(op, sizes)
     reading = FLOAT_BYTES * cache / (target.attention_gbps * target.threads * 1e9)
-    # each query element meets `total` keys and as many values
-    return max(reading, 4 * queries * total / (target.attention_gflops * target.threads * 1e9))
+    return max(reading, 2 * macs / (target.attention_gflops * target.threads * 1e9))
+
+
+def attention_work(op: Op, sizes: Sizes) -> tuple[int, int]:
+    """Elements of keys and values that attention reads, and its multiply-adds."""
+    keys, values = op.results[1:] if op.name == "gqa" else op.operands[1:3]
+    cache = numel_at(keys.type, sizes) + numel_at(values.type, sizes)
+    # each query element meets every key and as many values
+    return cache, 2 * numel_at(op.results[0].type, sizes) * evaluate(keys.type.shape[2], sizes)
 
 
 def _multiplying(op: Op, sizes: Sizes) -> int:
     """Operations of a matmul."""
-    return 2 * _numel(op.result.type, sizes) * evaluate(op.operands[0].type.shape[-1], sizes)
+    return 2 * numel_at(op.result.type, sizes) * evaluate(op.operands[0].type.shape[-1], sizes)
 
 
-def _numel(type_: TensorType, sizes: Sizes) -> int:
+def numel_at(type_: TensorType, sizes: Sizes) -> int:
+    """How many elements a tensor of these sizes has."""
     total = 1
     for dim in type_.shape:
         total *= evaluate(dim, sizes)
@@ -227,14 +216,14 @@ def format_of(weight: Weight, formats: Formats | None = None) -> Format | None:
     return parse_format(name).fit(_columns(weight)) if isinstance(name, str) else None
 
 
-def decode_function(module: Module) -> tuple[Function, Sizes] | None:
+def decode_function(module: Module, past: int = CONTEXT) -> tuple[Function, Sizes] | None:
     """What runs for each new token, and its sizes; `forward` stands in before there is a cache."""
-    return _function(module, ("decode", "forward"), sizes_of(1, CONTEXT))
+    return _function(module, ("decode", "forward"), sizes_of(1, past))
 
 
-def prefill_function(module: Module) -> tuple[Function, Sizes] | None:
+def prefill_function(module: Module, tokens: int = CONTEXT) -> tuple[Function, Sizes] | None:
     """What runs for a prompt, and its sizes."""
-    return _function(module, ("prefill", "forward", "decode"), sizes_of(CONTEXT, 0))
+    return _function(module, ("prefill", "forward", "decode"), sizes_of(tokens, 0))
 
 
 def _function(module: Module, names: Sequence[str], sizes: Sizes) -> tuple[Function, Sizes] | None:
@@ -290,7 +279,7 @@ def module_cost(module: Module, target: Target, formats: Formats | None = None, 
         bytes=total,
         decode_seconds=_seconds(module, decode_function(module), target, formats),
         prefill_seconds=_seconds(module, prefill_function(module), target, formats),
-        peak_bytes=_peak_bytes(module, target, formats) + extra_bytes,
+        peak_bytes=peak_bytes(module, target, formats) + extra_bytes,
     )
 
 
@@ -300,20 +289,28 @@ def serving_bits(module: Module) -> int:
     return sum(8 * float_bytes(w.type) for w in serving)
 
 
+def prefill_seconds(weight: Weight, module: Module, target: Target, formats: Formats, tokens: int) -> float:
+    """A weight's products in a prefill of so many tokens."""
+    function, sizes = prefill_function(module, tokens) or (None, {})
+    ops = [op for op in (function.ops if function else ()) if op.name == "linear"]
+    mine = (op for op in ops if (ref := op.weight()) is not None and ref.name == weight.name)
+    return sum(op_seconds(op, module, target, sizes, formats) for op in mine)
+
+
 def _seconds(
     module: Module, chosen: tuple[Function, Sizes] | None, target: Target, formats: Formats | None
 ) -> float:
     return sum(op_seconds(op, module, target, chosen[1], formats) for op in chosen[0].ops) if chosen else 0.0
 
 
-def _peak_bytes(module: Module, target: Target, formats: Formats | None) -> int:
+def peak_bytes(module: Module, target: Target, formats: Formats | None = None, tokens: int = CONTEXT) -> int:
     """Weights as the runtime holds them, and what is alive at the widest point of a prefill."""
-    held = sum(_resident(w, target, formats) for w in module.weights.values())
-    chosen = prefill_function(module)
-    return held + (_widest(*chosen) if chosen else 0)
+    held = sum(resident_bytes(w, target, formats) for w in module.weights.values())
+    return held + alive_bytes(module, target, tokens)
 
 
-def _resident(weight: Weight, target: Target, formats: Formats | None) -> int:
+def resident_bytes(weight: Weight, target: Target, formats: Formats | None = None) -> int:
+    """What a weight takes in memory: runtimes repack."""
     format_, role = format_of(weight, formats), str(weight.attrs.get("role", BLOCK))
     if format_ is None:
         return float_bytes(weight.type)
@@ -321,27 +318,33 @@ def _resident(weight: Weight, target: Target, formats: Formats | None) -> int:
     return int(kernel.resident * stored_bytes(_rows(weight), _columns(weight), format_, target, role))
 
 
-def _widest(function: Function, sizes: Sizes) -> int:
-    """The most bytes of values alive at once, each from the op that makes it to the last that reads it."""
+def alive_bytes(module: Module, target: Target, tokens: int) -> int:
+    """The most bytes of values alive at once in a prefill, its cache included."""
+    chosen = prefill_function(module, tokens)
+    if chosen is None:
+        return 0
+    function, sizes = chosen
+    logits = function.returns[0].type
+
+    def size_of(value: Value) -> int:
+        whole = _bytes(value.type, sizes)
+        return whole // tokens if target.last_logits and value.type == logits else whole
+
     last = {o: i for i, op in enumerate(function.ops) for o in op.operands}
-    alive = widest = sum(_bytes(p.type, sizes) for p in function.params)
+    alive = widest = sum(map(size_of, function.params))
     ends: dict[int, int] = defaultdict(int)
     for index, op in enumerate(function.ops):
         for value in op.results:
-            alive += _bytes(value.type, sizes)
+            alive += size_of(value)
             if value not in function.returns:
-                ends[last.get(value, index)] += _bytes(value.type, sizes)
+                ends[last.get(value, index)] += size_of(value)
         widest = max(widest, alive)
         alive -= ends[index]
     return widest
 
 
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def _bytes(type_: TensorType, sizes: Sizes) -> int:
-    return BYTES[type_.dtype] * _numel(type_, sizes)
+    return BYTES[type_.dtype] * numel_at(type_, sizes)
 
 
 def _rows(weight: Weight) -> int:

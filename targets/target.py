@@ -7,7 +7,8 @@ expands the whole weight at every call, tens of times slower, and say nothing.
 import hashlib
 import tomllib
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
+from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from typing import Any, Final
@@ -20,7 +21,7 @@ BLOCK: Final = "block"
 TABLE: Final = "table"
 HOST: Final = "cpu"
 # what a short name stands for, besides `cpu`, which is this machine
-ALIASES: Final[Mapping[str, str]] = {"cuda": "cuda-sm80"}
+ALIASES: Final[Mapping[str, str]] = {"cuda": "cuda-sm80", "edge": "edge-aarch64-rpi5"}
 ANY: Final = "any"  # kind of formats of a kernel that runs them all, whatever its bits and groups
 NO_EMITTER: Final = "none"  # of a target for what needs no artifact
 REFERENCE: Final = "reference"  # such a target, which gammac ships
@@ -29,6 +30,9 @@ HOSTS: Final = (
     ("cpu-x86-avx512", {"avx512_vnni", "avx512vbmi"}),
     ("cpu-x86-avx2", {"avx2", "fma"}),
 )
+
+# what energy is counted by: bytes read from memory, multiply-adds of integers and of floats
+ENERGY: Final = ("byte", "int8_mac", "float_mac")
 
 ByGroup = tuple[tuple[int, float], ...]
 
@@ -73,7 +77,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Measured:
-    """One linear [rows, columns] times one token, timed on the device."""
+    """One linear [rows, columns] times some tokens, timed on the device."""
 
     op: str
     format: str
@@ -81,6 +85,21 @@ class Measured:
     columns: int
     threads: int
     seconds: float
+    tokens: int = 1
+
+
+@dataclass(frozen=True)
+class Analysed:
+    """Rates of integer formats of a width on one thread, from the code that the emitter writes.
+
+    They take the place of a `Kernel`'s; the row of the largest group counts that is not above a format's.
+    """
+
+    bits: int
+    group: int
+    gweights: float
+    gflops: float
+    source: str
 
 
 @dataclass(frozen=True)
@@ -102,8 +121,15 @@ class Target:
     overhead_us: Mapping[str, float]  # op -> cost of a call; "default" for the others
     kernels: tuple[Kernel, ...]
     archs: tuple[str, ...] = ()  # of a GPU: what device code is compiled for
+    cpu: str = ""  # the core that code is for, as LLVM spells it, and what it has beyond that: "+dotprod"
+    features: tuple[str, ...] = ()
+    ghz: float = 0.0
     tie: bool = False  # linears that read the same value get one format, so that they fuse
+    refusal: str = ""  # why nothing can be compiled for it
+    last_logits: bool = False  # a prefill's logits are those of its last token alone
+    energy: Mapping[str, float] = field(default_factory=dict)  # ENERGY -> picojoules
     measured: tuple[Measured, ...] = ()
+    analysed: tuple[Analysed, ...] = ()
     digest: str = ""
 
     @property
@@ -120,6 +146,15 @@ class Target:
             return None
         rows = (k for k in self.kernels if k.role == role and k.runs(fitted))
         return next((k for k in rows if compiler or not k.needs_compiler), None)
+
+    def rates(self, format_: Format, kernel: Kernel) -> tuple[float, float]:
+        """10^9 weights a second for one token, and 10^9 operations for many, of one thread."""
+        rows = [a for a in self.analysed if format_.kind == INTEGER and a.bits == format_.bits]
+        if not rows:
+            return kernel.rate(kernel.gweights, format_), kernel.rate(kernel.gflops, format_)
+        below = [a for a in rows if not format_.group or a.group <= format_.group]
+        row = max(below, key=lambda a: a.group) if below else min(rows, key=lambda a: a.group)
+        return row.gweights, row.gflops
 
     def kinds(self, role: str, *, compiler: bool) -> frozenset[str]:
         """The kinds of formats that it runs fast."""
@@ -171,19 +206,25 @@ def load_target(name_or_path: str, backend: str | None = None) -> Target:
     `backend` picks the emitter where a target has figures for several (default: its own).
     Raises CompileError for an unknown name, a file that is not there, or one with a mistake in it.
     """
+    where = name_or_path if name_or_path.endswith(".toml") else f"{name_or_path}.toml"
+    return parse_target(target_text(name_or_path), where, backend)
+
+
+def target_text(name_or_path: str) -> str:
+    """The TOML of a target. Raises CompileError where there is none."""
     if name_or_path.endswith(".toml"):
         path = Path(name_or_path)
         if not path.is_file():
             raise CompileError(f"there is no target file {name_or_path}")
-        return parse_target(path.read_text(encoding="utf-8"), str(path), backend)
+        return path.read_text(encoding="utf-8")
     name_or_path = host_target() if name_or_path == HOST else ALIASES.get(name_or_path, name_or_path)
     if name_or_path not in target_names():
+        names = ", ".join((HOST, *ALIASES, *target_names()))
         raise CompileError(
             f"there is no target {name_or_path!r}",
-            hint=f"there are {', '.join((HOST, *ALIASES, *target_names()))}; or give the path of a .toml",
+            hint=f"there are {names}; or give the path of a .toml file",
         )
-    file = resources.files("gammac.targets") / f"{name_or_path}.toml"
-    return parse_target(file.read_text(encoding="utf-8"), file.name, backend)
+    return (resources.files("gammac.targets") / f"{name_or_path}.toml").read_text(encoding="utf-8")
 
 
 def parse_target(text: str, where: str = "<target>", backend: str | None = None) -> Target:
@@ -198,10 +239,14 @@ def parse_target(text: str, where: str = "<target>", backend: str | None = None)
     kernels = [_record(Kernel, row, f"{where}: kernel") for row in _rows(table, "kernel", where)]
     measured = [_record(Measured, row, f"{where}: measured") for row in _rows(table, "measured", where)]
     digest = "sha256:" + hashlib.sha256(text.encode()).hexdigest()
-    target = _record(Target, {**table, "kernels": kernels, "measured": measured, "digest": digest}, where)
+    analysed = [_record(Analysed, row, f"{where}: analysed") for row in _rows(table, "analysed", where)]
+    rows = {"kernels": kernels, "measured": measured, "analysed": analysed}
+    target = _record(Target, {**table, **rows, "digest": digest}, where)
     assert isinstance(target, Target)
     if "default" not in target.overhead_us:
         raise CompileError(f"{where}: overhead_us lacks default")
+    if target.energy and set(target.energy) != set(ENERGY):
+        raise CompileError(f"{where}: energy is given by {', '.join(ENERGY)}, not {', '.join(target.energy)}")
     return target
 
 
@@ -210,7 +255,7 @@ def _of_backend(table: dict[str, Any], others: Mapping[str, Any], backend: str, 
     if backend not in others:
         there = ", ".join((str(table.get("emitter")), *others))
         raise CompileError(f"{where} has no figures for the backend {backend!r}", hint=f"it has {there}")
-    kept = {key: value for key, value in table.items() if key not in ("kernel", "measured")}
+    kept = {key: value for key, value in table.items() if key not in ("kernel", "measured", "analysed")}
     return {**kept, **others[backend], "emitter": backend}
 
 
@@ -225,11 +270,19 @@ def _record(kind: type[Any], row: Mapping[str, Any], where: str) -> Any:
     """A dataclass from a table: every key known, every needed one there, of the right type."""
     known = {f.name: f for f in fields(kind)}
     unknown = [key for key in row if key not in known]
-    missing = [n for n, f in known.items() if f.default is MISSING and n not in row]
+    missing = [n for n, f in known.items() if _needed(f) and n not in row]
     if unknown or missing:
         said = f"does not know {', '.join(unknown)}" if unknown else f"lacks {', '.join(missing)}"
-        raise CompileError(f"{where} {said}", hint=f"it has {', '.join(n for n in known if n != 'digest')}")
+        names = [n for n in known if n != "digest"]
+        near = get_close_matches(unknown[0], names, 1) if unknown else []
+        raise CompileError(
+            f"{where} {said}", hint=f"did you mean {near[0]}?" if near else f"it has {', '.join(names)}"
+        )
     return kind(**{key: _value(known[key].type, value, f"{where}: {key}") for key, value in row.items()})
+
+
+def _needed(of: Field[Any]) -> bool:
+    return of.default is MISSING and of.default_factory is MISSING
 
 
 def _value(type_: Any, value: Any, where: str) -> Any:

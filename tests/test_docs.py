@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import click
+
 from gammac.cli import main
 from gammac.ir import OPS
 from gammac.passes import STRATEGIES, Choices, default_pipeline
@@ -24,7 +26,10 @@ def test_the_commands_of_the_docs_exist() -> None:
         for command, rest in re.findall(r"gammac (\w+)((?: [^`\n|]*)?)", path.read_text()):
             if command not in main.commands:
                 continue
-            known = {o for p in main.commands[command].params for o in (*p.opts, *p.secondary_opts)}
+            found, words = main.commands[command], rest.split()
+            if isinstance(found, click.Group) and words and words[0] in found.commands:
+                found = found.commands[words[0]]
+            known = {o for p in found.params for o in (*p.opts, *p.secondary_opts)}
             for option in re.findall(r"(?<!\S)(--?[a-z][\w-]*)", rest.split("#")[0].split('"')[0]):
                 assert option in known, f"{path.name}: gammac {command} has no {option}"
 

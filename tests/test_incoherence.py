@@ -22,7 +22,8 @@ from gammac.dryrun import estimate
 from gammac.formats import parse_format
 from gammac.ir import Module, to_text
 from gammac.passes import Choices, default_pipeline
-from gammac.passes.allocate import Allocate, limit_of
+from gammac.passes.allocate import Allocate
+from gammac.passes.allocation_limits import limit_of
 from gammac.passes.candidates import Candidates
 from gammac.passes.collect_grams import CollectGrams
 from gammac.passes.finetune import LearnRounding

@@ -19,7 +19,7 @@ from gammac.weights import WeightStore
 
 pytest.importorskip("tvm", reason="needs the extra tvm")
 
-from gammac.targets.tvm.build import find_linker
+from gammac.targets.tvm.toolchain import find_linker
 
 pytestmark = pytest.mark.skipif(find_linker() is None, reason="nothing links a shared library")
 
@@ -150,18 +150,25 @@ def test_mistakes_are_told_before_any_work(
 def test_a_dry_run_knows_the_backend(gammac: Run, tmp_path: Path) -> None:
     said = gammac("compile", "tiny", "-o", tmp_path / "out", "--backend", "tvm", "--dry-run", *QUICK)
     assert said.exit_code == 0 and "predicted decode" in said.stdout
+    assert "predicted energy" in said.stdout and "mJ/token" in said.stdout
 
 
-def test_another_processor_is_compiled_for_and_not_checked(
+def test_an_artifact_for_another_processor_is_not_run_but_its_module_is(
     gammac: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from gammac.runtime import tvm_session
+    from gammac.targets.tvm.kernels import isa
 
-    monkeypatch.setattr(tvm_session, "host_flags", lambda: frozenset({"sse2"}))
+    for module in (tvm_session, isa):
+        monkeypatch.setattr(module, "host_flags", lambda: frozenset({"sse2"}))
     wanted = ["--backend", "tvm", "--target", "cpu-x86-avx2", "--formats", "w4g64"]
     wanted += ["--budget", 4, "--context", 32]
     said = gammac("compile", "tiny", "-o", tmp_path / "out", *wanted, *QUICK)
     assert said.exit_code == 0, said.output
-    assert "note: not checked: the artifact uses avx2, this processor lacks" in said.stdout.replace("\n", " ")
+    found = said.stdout.replace("\n", " ")
+    assert "note: the artifact was not run: the artifact uses avx2, this processor lacks" in found
+    # SSE2 alone is left of this machine
+    assert "checked on" in found and "Checked is its module, compiled for this machine" in found
+    assert "next, on the device: gammac run" in found
     result = gammac("run", tmp_path / "out", "--prompt", "x")
     assert result.exit_code == 1 and "this processor lacks" in result.stderr

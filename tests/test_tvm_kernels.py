@@ -11,20 +11,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gammac.diagnostics import CompileError
-from gammac.formats import (
-    Format,
-    IntegerFormat,
-    NormalFloat,
-    Quantized,
-    TwoFourFormat,
-    keep_two,
-    parse_format,
-    spread,
-)
-from gammac.formats.normal_float import normal_levels
+from gammac.formats import IntegerFormat, parse_format
 from gammac.targets.target import load_target
 
 tvm = pytest.importorskip("tvm", reason="the extra tvm is not installed")
+
+from kernel_inputs import (  # noqa: E402
+    EPSILON,
+    build,
+    call,
+    error,
+    inputs,
+    numbered,
+    quantized_inputs,
+    random_weight,
+)
 
 from gammac.targets.tvm.kernels import (  # noqa: E402
     ISAS,
@@ -35,7 +36,6 @@ from gammac.targets.tvm.kernels import (  # noqa: E402
     gated_linear,
     isa_of,
     leaves,
-    lowering,
     pack,
     packed_bytes,
     prefill_linear,
@@ -47,7 +47,6 @@ from gammac.targets.tvm.kernels.isa import host_flags  # noqa: E402
 from gammac.targets.tvm.tir.vectors import T, splat_int  # noqa: E402
 
 HOST = isa_of("cpu")
-EPSILON = float(np.finfo(np.float32).eps)
 # the leaf of AVX-VNNI is tested with the same instructions of AVX-512, that of NEON and RVV with AVX2's
 HERE = {
     **ISAS,
@@ -65,86 +64,10 @@ def runnable(isa: Isa) -> bool:
     return isa.machine == HOST.machine and host_flags().issuperset(isa.cpu_flags)
 
 
-def build(kernel: Kernel, isa: Isa) -> Any:
-    module = tvm.IRModule({kernel.name: kernel.func.with_attr("global_symbol", kernel.name)})
-    with lowering():
-        return tvm.compile(module, target=tvm.target.Target(isa.llvm_target()))
-
-
 @cache
 def built(make: Any, format_: str, rows: int, columns: int, isa: str, integer: bool) -> tuple[Kernel, Any]:
     kernel = make(parse_format(format_), rows, columns, HERE[isa], integer=integer)
     return kernel, build(kernel, HERE[isa])
-
-
-def call(kernel: Kernel, library: Any, arrays: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """Run a kernel with arrays by name; what it writes starts as NaN or junk."""
-    shapes = {o.name: tuple(tokens if s == "m" else s for s in o.shape) for o in kernel.operands}
-    for o in kernel.inputs:
-        assert (arrays[o.name].shape, arrays[o.name].dtype) == (shapes[o.name], np.dtype(o.dtype)), o
-    out = {
-        o.name: tvm.runtime.tensor(np.full(shapes[o.name], np.nan if o.dtype == "float32" else 77, o.dtype))
-        for o in kernel.outputs
-    }
-    library[kernel.name](*(tvm.runtime.tensor(arrays[o.name]) for o in kernel.inputs), *out.values())
-    return {name: tensor.numpy() for name, tensor in out.items()}
-
-
-def random_weight(format_: Format, rows: int, columns: int, seed: int = 0) -> Quantized:
-    rng = np.random.default_rng(seed)
-    if isinstance(format_, TwoFourFormat):
-        values = random_weight(format_.grid, rows, columns, seed)
-        mask = keep_two(torch.from_numpy(rng.random((rows, columns))))
-        return format_.quantized(values.codes, mask, values.scales)
-    assert isinstance(format_, IntegerFormat | NormalFloat)
-    groups = (rows, format_.groups(columns))
-
-    def codes(shape: tuple[int, int]) -> torch.Tensor:
-        return torch.from_numpy(rng.integers(0, 1 << format_.bits, shape, dtype=np.uint8))
-
-    scales = torch.from_numpy((rng.random(groups) * 0.1 + 0.01).astype(np.float16))
-    if isinstance(format_, NormalFloat):
-        return format_.quantized(codes((rows, columns)), {"scales": scales})
-    return format_.quantized(codes((rows, columns)), scales, None if format_.symmetric else codes(groups))
-
-
-def quantized_inputs(x: Any, layout: Layout) -> tuple[dict[str, Any], Any]:
-    """int8 activations as `quantize_activations` states them, and the numbers that they stand for."""
-    tokens, columns = x.shape
-    groups = -(-columns // layout.segment)
-    padded = np.zeros((tokens, groups * layout.segment), np.float32)
-    padded[:, :columns] = x
-    parts = padded.reshape(tokens, groups, layout.segment)
-    largest = np.abs(parts).max(-1)
-    inverse = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0)
-    codes = np.rint(parts * inverse[..., None]).astype(np.int8)
-    scales = largest * np.float32(1 / 127)
-    flat = np.zeros((tokens, layout.padded_columns), np.int8)
-    flat[:, :columns] = codes.reshape(tokens, -1)[:, :columns]
-    meant = (codes * scales[..., None].astype(np.float64)).reshape(tokens, -1)[:, :columns]
-    return {"x_codes": flat, "x_scales": scales, "x_sums": codes.sum(-1, dtype=np.int32)}, meant
-
-
-def inputs(tokens: int, columns: int, seed: int = 1) -> Any:
-    return np.random.default_rng(seed).standard_normal((tokens, columns)).astype(np.float32)
-
-
-def meant_by(weight: Quantized, integer: bool) -> Any:
-    """What a kernel multiplies by, f64: with int8 inputs the levels of a codebook are bytes."""
-    if not integer or not isinstance(weight.format, NormalFloat):
-        return weight.dequantize().double().numpy()
-    levels = (normal_levels(weight.format.bits) * 127).round().double() / 127
-    size = weight.format.inputs_per_scale(weight.codes.shape[1])
-    rounded = levels[weight.codes.long()] * spread(weight.scales.double(), size, weight.codes.shape[1])
-    # by at most a 254th of the scale
-    nearest = spread(weight.scales.double(), size, weight.codes.shape[1]) / 254
-    assert bool(((rounded - weight.dequantize().double()).abs() <= nearest * 1.001).all())
-    return rounded.numpy()
-
-
-def error(y: Any, x: Any, w: Any) -> float:
-    """The largest |y - x @ w.T| as a share of |x| @ |w|.T, all in f64."""
-    return float((np.abs(y - x @ w.T) / (np.abs(x) @ np.abs(w).T + 1e-30)).max())
 
 
 def check(format_: str, rows: int, columns: int, isa: Isa, integer: bool, tokens: int) -> None:
@@ -157,7 +80,7 @@ def check(format_: str, rows: int, columns: int, isa: Isa, integer: bool, tokens
     # one rounding for each product and sum of a chain; with int8 inputs only scales are rounded
     chain = 3 * Layout(weight.format, rows, columns).groups + 3 if integer else columns + 4
     bound = EPSILON / 2 * chain
-    assert error(y, meant.astype(np.float64), meant_by(weight, integer)) < bound
+    assert error(y, meant.astype(np.float64), weight, integer) < bound
 
 
 @pytest.mark.parametrize("format_", FORMATS)
@@ -225,7 +148,7 @@ def test_extreme_codes_and_inputs_do_not_overflow(isa: str) -> None:
             for sign in (1, -1):
                 given_, meant = quantized_inputs(np.full((1, 64), sign, np.float32), Layout(format_, 16, 64))
                 y = call(kernel, library, {**given_, **pack(weight, HERE[isa])}, 1)["y"]
-                assert error(y, meant, meant_by(weight, True)) < 4 * EPSILON
+                assert error(y, meant, weight, True) < 4 * EPSILON
 
 
 @pytest.mark.parametrize("format_", ["w3g32", "w8g64-sym"])
@@ -358,10 +281,6 @@ def test_isa_of_names_and_targets() -> None:
 # ---- several in one -----------------------------------------------------------------------------
 
 
-def numbered(weights: list[Quantized]) -> dict[str, Any]:
-    return {f"{name}{i}": a for i, w in enumerate(weights) for name, a in pack(w, HOST).items()}
-
-
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("integer", [True, False])
 def test_bias_and_residual(tokens: int, integer: bool) -> None:
@@ -384,7 +303,7 @@ def test_gate_and_up_in_one(tokens: int, integer: bool) -> None:
     kernel = gated_linear(formats, 37, 64, HOST, integer=integer, tokens=1 if tokens == 1 else "m")
     x = inputs(tokens, 64)
     given_, meant = quantized_inputs(x, Layout(formats[0], 37, 64)) if integer else ({"x": x}, x)
-    y = call(kernel, build(kernel, HOST), {**given_, **numbered([gate, up])}, tokens)["y"]
+    y = call(kernel, build(kernel, HOST), {**given_, **numbered([gate, up], HOST)}, tokens)["y"]
     g, u = (meant @ w.dequantize().double().numpy().T for w in (gate, up))
     np.testing.assert_allclose(y, g / (1 + np.exp(-g)) * u, rtol=1e-5, atol=1e-5)
 
@@ -395,9 +314,9 @@ def test_weights_of_several_formats_in_one_launch(tokens: int) -> None:
     weights = [random_weight(f, n, 64, n) for f, n in zip(formats, rows, strict=True)]
     kernel = stacked_linear(formats, rows, 64, HOST, integer=True, tokens=1 if tokens == 1 else "m")
     given_, meant = quantized_inputs(inputs(tokens, 64), Layout(formats[0], 40, 64))
-    y = call(kernel, build(kernel, HOST), {**given_, **numbered(weights)}, tokens)["y"]
+    y = call(kernel, build(kernel, HOST), {**given_, **numbered(weights, HOST)}, tokens)["y"]
     for part, weight in zip(np.split(y, np.cumsum(rows)[:-1], 1), weights, strict=True):
-        assert error(part, meant, meant_by(weight, integer=True)) < 10 * EPSILON
+        assert error(part, meant, weight, True) < 10 * EPSILON
 
 
 def test_weights_that_share_inputs_share_their_groups() -> None:

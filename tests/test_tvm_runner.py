@@ -19,9 +19,10 @@ pytest.importorskip("tvm", reason="needs the extra tvm")
 from gammac.runtime.tvm_session import TvmSession
 from gammac.targets.tvm.emit import emit
 from gammac.targets.tvm.kernels import isa_of
-from gammac.targets.tvm.runner import COMPILERS, build_runner
+from gammac.targets.tvm.runner import build_runner
+from gammac.targets.tvm.toolchain import CXX, find_linker
 
-pytestmark = pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(find_linker(language=CXX) is None, reason="no C++ compiler")
 
 PROMPT = (3, 14, 15, 9, 26, 5)
 CONTEXT = 32

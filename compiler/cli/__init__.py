@@ -3,11 +3,12 @@
 from gammac.cli.compile import compile_command
 from gammac.cli.console import main
 from gammac.cli.ir import diff, inspect, opt, passes_command
-from gammac.cli.lists import targets_group, zoo
+from gammac.cli.lists import zoo
 from gammac.cli.run import bench_command, eval_command, run
 from gammac.cli.sparsify import sparsify_command
 from gammac.cli.study import study_command
 from gammac.cli.sweep import sweep_command
+from gammac.cli.targets import targets_group
 
 # in the order of a user's work
 for _command in (

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from gammac.cli.console import ERR, OUT, show_progress
+from gammac.cli.limits import limit_options, limits_of
 from gammac.cli.options import request_of, shared_options
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 # fields of Choices that sweep does not let choose
 CHOSEN: Final = (
     "strategy", "inputs", "learn_rounding", "distill", "smooth_quant", "smooth_alpha", "activations",
+    "objective",
 )  # fmt: skip
 BUDGET: Final = "3"
 
@@ -87,8 +89,9 @@ class StrategyOption(click.Option):
 @click.option(
     "--product-inputs",
     type=click.Choice(["int8", "float"]),
-    help="tvm: what products with quantized weights take (default: int8 where there are dot products).",
+    help="tvm: what products with quantized weights take (default: int8).",
 )
+@limit_options
 @shared_options
 @click.option("--seed", default=0, show_default=True)
 @click.option(
@@ -106,7 +109,7 @@ def compile_command(**options: Any) -> None:
     check_writable(options["out"], not options["keep_existing"])
     _follow_recipe(options)
     chosen = {name: options[name] for name in CHOSEN}
-    budget = "+".join(options["budgets"]) or _default_budget(options)
+    budget = "+".join((*options["budgets"], *limits_of(options))) or _default_budget(options)
     request = request_of(options, budget, options["seed"], **chosen)
     with ERR.status("capturing the model"):
         plan = make_plan(request, options["cache"])

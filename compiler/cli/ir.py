@@ -61,7 +61,7 @@ def read_module(path: Path) -> "Module":
 
 def _print_weight(module: "Module", name: str, target: "Target") -> None:
     from gammac import tables
-    from gammac.explain import explain, find_weight, reasons
+    from gammac.explain import explain, find_weight, on_device, reasons
     from gammac.ir.text import weight_text
 
     weight = find_weight(module, name)
@@ -71,7 +71,7 @@ def _print_weight(module: "Module", name: str, target: "Target") -> None:
         OUT.print(tables.options(found))
     if found.wider or found.narrower:
         OUT.print(tables.steps(found))
-    for line in reasons(found):
+    for line in (*reasons(found), *on_device(found, target)):
         OUT.print(line, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -24,6 +24,12 @@ if TYPE_CHECKING:
     help="A row for each; + joins those that hold together: 3,2.5bpw+80MB.",
 )
 @click.option(
+    "--pareto",
+    help="quality,latency (or memory, energy, prefill, size): budgets from the least that is possible to the "
+    "most that the formats take, in place of --budgets.",
+)
+@click.option("--points", type=click.IntRange(2), default=6, show_default=True, help="Of --pareto.")
+@click.option(
     "--strategies",
     default="gamma,fisher,weight_mse",
     show_default=True,
@@ -51,6 +57,8 @@ def sweep_command(**options: Any) -> None:
     sweep_report.check_folder(options["out"])
     budgets, strategies = _parts(options["budgets"]), _parts(options["strategies"])
     seeds = tuple(_seed(part) for part in _parts(options["seeds"]))
+    if options["pareto"]:
+        budgets = _front(options, strategies[0], seeds[0])
     request = request_of(options, budgets[0], seeds[0], strategy=strategies[0])
     wish = SweepRequest(request, strategies, budgets, seeds, options["text"], options["windows"])
     found = run_sweep(wish, options["cache"], show_progress)
@@ -59,6 +67,15 @@ def sweep_command(**options: Any) -> None:
         OUT.print(tables.grid(grid))
     OUT.print(sweep_report.headline(found), highlight=False, markup=False, soft_wrap=True)
     OUT.print(f"{len(paths)} files in {options['out']}: {', '.join(p.name for p in paths)}", highlight=False)
+
+
+def _front(options: dict[str, Any], strategy: str, seed: int) -> tuple[str, ...]:
+    from gammac.driver import make_plan
+    from gammac.pareto import front, parse_front
+
+    kind = parse_front(options["pareto"])
+    request = request_of(options, "8", seed, strategy=strategy)
+    return front(make_plan(request, options["cache"], artifact=False), kind, options["points"])
 
 
 def _parts(text: str) -> tuple[str, ...]:

@@ -38,13 +38,14 @@ class Check(Generic[Compared]):
 
 def check_artifact(
     original: Module, module: Module, store: WeightStore, calibration: Calibration | None, folder: Path,
-    manifest: Manifest, *, tokens: int = TOKENS,
+    manifest: Manifest, *, session: Session | None = None, tokens: int = TOKENS,
 ) -> Check[Comparison] | Check[OutputComparison]:  # fmt: skip
     """Run `folder`'s model on one window of text (or counting tokens where there is none).
 
+    `session` runs it where this machine alone can't.
     Raises CompileError when it does not compute what the module says.
     """
-    artifact = _session(folder, manifest)
+    artifact = session or _session(folder, manifest)
     window = _window(calibration, artifact.vocab_size, manifest.context, tokens)
     ours = InterpreterSession(module, store, context=manifest.context, keep_weights=False)
     theirs = InterpreterSession(original, store, context=manifest.context, keep_weights=False)
@@ -67,7 +68,7 @@ def _session(folder: Path, manifest: Manifest) -> Session:
 
 def _window(calibration: Calibration | None, vocabulary: int, context: int, tokens: int) -> torch.Tensor:
     if calibration is not None:
-        return calibration.tokens[:1, :tokens]
+        return calibration.tokens[:1, : min(tokens, context)]
     return torch.arange(min(tokens, context))[None] % vocabulary
 
 

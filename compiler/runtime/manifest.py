@@ -85,6 +85,9 @@ class Manifest:
     activations: str = ""
     """int8 or float: what products with quantized weights take; older artifacts don't say."""
 
+    code: Mapping[str, str] = field(default_factory=dict)
+    """The triple, core and features that native code was made for; older artifacts don't say."""
+
     tools: Mapping[str, str] = field(default_factory=tool_versions)
     gammac: str = __version__
     files: Mapping[str, FileEntry] = field(default_factory=dict)
@@ -167,11 +170,11 @@ def _file(value: Any, name: str) -> FileEntry:
 
 
 # what manifests did not have from the start
-_LATER: Final = {"activations": ""}
+_LATER: Final[Mapping[str, Any]] = {"activations": "", "code": {}}
 _READERS: Final[Mapping[str, Callable[[Any, str], object]]] = {
     "model": _text, "model_digest": _text, "target": _text, "kind": _text, "emitter": _text,
     "context": _count, "payload_bits": _number, "true_bits": _number, "whole_model_bits": _number,
     "budgets": _list, "allocation": _table(_text), "predicted": _table(_number),
     "not_quantized": _table(_text), "fallbacks": _table(_text), "library": _text, "activations": _text,
-    "tools": _table(_text), "gammac": _text, "files": _table(_file),
+    "code": _table(_text), "tools": _table(_text), "gammac": _text, "files": _table(_file),
 }  # fmt: skip

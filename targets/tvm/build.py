@@ -1,58 +1,45 @@
-"""A Relax module to a shared library: TVM's passes, LLVM, and the machine's own linker."""
+"""A Relax module to a shared library: TVM's passes, LLVM, and a linker for the target's machine."""
 
-import importlib.util
-import os
-import platform
-import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from gammac.diagnostics import CompileError
 from gammac.targets.tvm.kernels.isa import Isa
+from gammac.targets.tvm.toolchain import demand_linker
 
-LINKERS: Final = ("cc", "gcc", "clang")
-# machine → what its compilers are called, and zig's name for it
-TRIPLES: Final = {
-    "x86_64": "x86_64-linux-gnu", "aarch64": "aarch64-linux-gnu", "riscv64": "riscv64-linux-gnu",
-    "armv7l": "arm-linux-gnueabihf",
-}  # fmt: skip
 # no identifier and no symbols of use to nobody: equal modules are equal files
 LINK_FLAGS: Final = ("-shared", "-fPIC", "-Wl,--build-id=none", "-s")
 
 
-def linkers(machine: str) -> tuple[str, ...]:
-    """Names of C compilers that link for a machine."""
-    return LINKERS if machine == platform.machine() else (f"{TRIPLES.get(machine, machine)}-gcc",)
+def demand_core(isa: Isa) -> None:
+    """Raise CompileError for a core that LLVM doesn't know, or that lacks what the kernels count on."""
+    from tvm.target import Target, codegen  # type: ignore[import-untyped]
 
-
-def find_linker(machine: str = "") -> list[str] | None:
-    """The command that links a shared library for a machine (default: this one): $CC, a C compiler on the
-    path, or the zig of PyPI."""
-    machine = machine or platform.machine()
-    names = (os.environ["CC"],) if os.environ.get("CC") else linkers(machine)
-    found = next((path for name in names if (path := shutil.which(name))), None)
-    if found:
-        return [found]
-    if importlib.util.find_spec("ziglang") is None:
-        return None
-    foreign = () if machine == platform.machine() else ("-target", TRIPLES.get(machine, machine))
-    return [sys.executable, "-m", "ziglang", "cc", *foreign]
-
-
-def demand_linker(machine: str = "") -> list[str]:
-    """Raises CompileError where nothing links: a TVM artifact is a shared library."""
-    linker = find_linker(machine)
-    if linker is None:
-        names = ", ".join(linkers(machine or platform.machine()))
+    told = isa.llvm_target()
+    core = str(told.pop("mcpu"))
+    known = [str(name) for name in codegen.llvm_get_cpu_archlist(Target({**told, "mattr": []}))]
+    if core not in known:
+        near = get_close_matches(core, known, 3) or known
         raise CompileError(
-            f"nothing here links a shared library: there is none of {names}",
-            hint="install a C compiler or `pip install ziglang`, or set CC; --backend onnx needs neither",
+            f"there is no core {core!r} for {told['mtriple']}", hint=f"LLVM knows {', '.join(near)}"
         )
-    return linker
+    lacks = sorted(isa.features - core_features(isa))
+    if lacks:
+        raise CompileError(
+            f"{core} lacks {', '.join(lacks)}, which the kernels of {isa.name} use",
+            hint=f"choose another arch, or write features = {[f'+{name}' for name in lacks]} if it has them",
+        )
+
+
+def core_features(isa: Isa) -> frozenset[str]:
+    """What LLVM takes the core to have, in its own names."""
+    from tvm.target import Target, codegen
+
+    return frozenset(str(name) for name in codegen.llvm_get_cpu_features(Target(isa.llvm_target())))
 
 
 def build_library(module: Any, isa: Isa, path: Path) -> None:
@@ -67,7 +54,7 @@ def build_for(target: dict[str, Any], module: Any, machine: str, path: Path) -> 
     """As `build_library`, for a target as TVM spells it and a linker of `machine`."""
     import tvm  # type: ignore[import-untyped]
     from tvm import relax
-    from tvm.target import Target  # type: ignore[import-untyped]
+    from tvm.target import Target
 
     from gammac.targets.tvm.kernels.lowering import lowering
 

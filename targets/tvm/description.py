@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any, Final
 
@@ -65,6 +65,8 @@ class Description:
     gpus: tuple[str, ...] = ()
     """CUDA architectures that the kernels are compiled for: sm_80 is machine code, compute_90 is PTX. None
     where the kernels are the processor's."""
+    code: Mapping[str, str] = field(default_factory=dict)
+    """The triple, the core and its features that the code was made for; older artifacts don't say."""
 
     def to_json(self) -> str:
         """Equal descriptions have equal texts."""

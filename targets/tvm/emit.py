@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from gammac.diagnostics import CompileError, Diagnostic
 from gammac.ir import Function, Module, Op, Value, WeightRef
-from gammac.targets.tvm.build import build_library, demand_linker
+from gammac.targets.tvm.build import build_library
 from gammac.targets.tvm.cpu import CpuDevice
 from gammac.targets.tvm.description import FUNCTIONS, Description
 from gammac.targets.tvm.device import Device
@@ -23,6 +23,7 @@ from gammac.targets.tvm.nodes import INTEGER, Tensor, whole
 from gammac.targets.tvm.params import ParamFile, Places
 from gammac.targets.tvm.program import FunctionWriter, Program
 from gammac.targets.tvm.tir.attention import BLOCK
+from gammac.targets.tvm.toolchain import demand_linker
 from gammac.weights import WeightStore
 
 IDS: Final = "input_ids"
@@ -42,8 +43,9 @@ def emit(module: Module, store: WeightStore, folder: Path, isa: Isa, activations
         written = write_program(module, store, data, CpuDevice(isa, activations == INT8))
     build_library(written.module, isa, paths[0])
     described = replace(
-        written.description, isa=isa.name, cpu_flags=isa.cpu_flags, arch=isa.machine, activations=activations
-    )
+        written.description, isa=isa.name, cpu_flags=isa.cpu_flags, arch=isa.machine,
+        activations=activations, code=isa.code,
+    )  # fmt: skip
     paths[2].write_text(described.to_json(), encoding="utf-8")
     return paths
 

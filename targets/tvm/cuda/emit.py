@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from gammac.diagnostics import CompileError
 from gammac.ir import Module
-from gammac.targets.tvm.build import build_for, build_library, demand_linker
+from gammac.targets.tvm.build import build_for, build_library
 from gammac.targets.tvm.cuda.kernels import CudaDevice
 from gammac.targets.tvm.cuda.loader import load_cuda
 from gammac.targets.tvm.cuda.report import KernelReport, read_report, to_json
@@ -23,6 +23,7 @@ from gammac.targets.tvm.emit import refuse_unknown, write_program
 from gammac.targets.tvm.kernels.isa import ISAS, Isa, host_isa
 from gammac.targets.tvm.names import DESCRIPTION_NAME, KERNELS_NAME, LIBRARY_NAME, MODEL_FILES, PARAMS_NAME
 from gammac.targets.tvm.params import ParamFile, WrittenParams
+from gammac.targets.tvm.toolchain import demand_linker
 from gammac.weights import WeightStore
 
 CALLBACK: Final = "tvm_callback_cuda_compile"

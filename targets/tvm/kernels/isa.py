@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from gammac.diagnostics import CompileError
@@ -30,9 +30,26 @@ class Isa:
     scale_dtype: str = "float16"
     """f32 where the processor does not convert f16 itself."""
 
+    @property
+    def code(self) -> dict[str, str]:
+        """For what LLVM makes code: the triple, the core, and what is asked for or left out beyond it."""
+        features = " ".join(self.llvm.get("mattr", ()))
+        return {"triple": self.llvm["mtriple"], "cpu": self.llvm["mcpu"], "features": features}
+
+    @property
+    def features(self) -> frozenset[str]:
+        """What the kernels count on, as LLVM spells it."""
+        return frozenset(f[1:] for f in ISAS[self.name].llvm.get("mattr", ()) if f.startswith("+"))
+
     def llvm_target(self) -> dict[str, Any]:
         """The dictionary that `tvm.target.Target` takes."""
         return {"kind": "llvm", **{k: list(v) if isinstance(v, tuple) else v for k, v in self.llvm.items()}}
+
+    def on(self, target: Target) -> "Isa":
+        """The same for the core that a target names, if it names one: nothing of a generic core is left."""
+        if not target.cpu:
+            return self
+        return replace(self, llvm={**self.llvm, "mcpu": target.cpu, "mattr": target.features})
 
 
 _X86: Final = {"mtriple": "x86_64-linux-gnu"}
@@ -60,6 +77,11 @@ ISAS: Final[Mapping[str, Isa]] = {
         Isa(
             "generic", "x86_64", (), {**_X86, "mcpu": "x86-64"},
             vector_bits=128, leaf="pmaddwd", tile=(1, 2), float_tile=(1, 2), scale_dtype="float32",
+        ),
+        Isa(
+            "neon-i8mm", "aarch64", ("asimd", "asimddp", "i8mm"),
+            {**_ARM64, "mcpu": "generic", "mattr": ("+neon", "+dotprod", "+i8mm")},
+            vector_bits=128, leaf="usdot", tile=(1, 4), float_tile=(1, 4),
         ),
         Isa(
             "neon-dotprod", "aarch64", ("asimd", "asimddp"),
@@ -115,4 +137,4 @@ def isa_of(target: Target | str = HOST) -> Isa:
         name = _OF_ARCH.get(target.arch, target.arch)
     if name not in ISAS:
         raise CompileError(f"there are no TVM kernels for {name!r}", hint=f"there are {', '.join(ISAS)}")
-    return ISAS[name]
+    return ISAS[name] if isinstance(target, str) else ISAS[name].on(target)

@@ -204,6 +204,20 @@ class Sdot(Leaf):
         return split_vector(quarter, 4, total, codes)
 
 
+class Usdot(Leaf):
+    """Four usdot (NEON with the 8-bit matrix extension): u8 codes by s8 inputs."""
+
+    def dot(self, total: Expr, codes: Expr, inputs: Expr) -> Expr:
+        """Quarters."""
+        spread = T.Bind(T.reinterpret("int8x16", T.broadcast(inputs, 4)))
+
+        def quarter(total: Expr, codes: Expr) -> Expr:
+            name = "llvm.aarch64.neon.usdot.v4i32.v16i8"
+            return tirx.call_llvm_pure_intrin("int32x4", name, total, T.reinterpret("int8x16", codes), spread)
+
+        return split_vector(quarter, 4, total, codes)
+
+
 def _offset(bits: int) -> int:
     """What makes signed bytes of codes."""
     return 128 if bits == 8 else 0
@@ -245,4 +259,5 @@ LEAVES: Final[Mapping[str, type[Leaf]]] = {
     "vnni256": Vnni256,
     "vnni512": Vnni512,
     "sdot": Sdot,
+    "usdot": Usdot,
 }

@@ -1,9 +1,10 @@
 // gammac-run FOLDER --prompt TEXT [--new N] [--threads N] [--end ID]...
 // gammac-run FOLDER --tokenize TEXT
 // gammac-run FOLDER ID... [--new N] [--threads N] [--end ID]...
+// gammac-run FOLDER --logits [--threads N] ID...
 //
 // Continues a text with the likeliest tokens, without Python; or token ids, an id a line. --tokenize prints the
-// ids of a text.
+// ids of a text, --logits writes what is behind each of the ids, f32 [ids, vocabulary] as bytes.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -17,12 +18,14 @@
 
 namespace {
 
-constexpr const char* kUsage = "gammac-run FOLDER (--prompt TEXT | --tokenize TEXT | ID...) [--new N] [--threads N] [--end ID]...";
+constexpr const char* kUsage =
+    "gammac-run FOLDER (--prompt TEXT | --tokenize TEXT | [--logits] ID...) [--new N] [--threads N] [--end ID]...";
 
 struct Wish {
   std::string folder;
   std::optional<std::string> prompt;
   int64_t count = 128;
+  bool logits = false;
   int threads = static_cast<int>(std::thread::hardware_concurrency());
   bool tokenize = false;
   std::set<int64_t> ends;
@@ -42,6 +45,10 @@ Wish parse(int argc, char** argv) {
   Wish wish;
   for (int i = 1; i < argc; ++i) {
     const bool option = std::strncmp(argv[i], "--", 2) == 0;
+    if (std::strcmp(argv[i], "--logits") == 0) {
+      wish.logits = true;
+      continue;
+    }
     if (option && i + 1 == argc) throw gammac::Refusal{std::string(argv[i]) + " wants a value"};
     if (std::strcmp(argv[i], "--prompt") == 0 || std::strcmp(argv[i], "--tokenize") == 0) {
       wish.tokenize = std::strcmp(argv[i], "--tokenize") == 0;
@@ -80,6 +87,11 @@ void run(Wish wish) {
     if (wish.tokens.empty()) throw gammac::Refusal{"the prompt is empty"};
   }
   gammac::Model model(wish.folder, wish.threads);
+  if (wish.logits) {
+    const std::vector<float> found = model.logits(wish.tokens);
+    std::fwrite(found.data(), sizeof(float), found.size(), stdout);
+    return;
+  }
   const int64_t room = model.context() - static_cast<int64_t>(wish.tokens.size());
   const int64_t count = room > 0 && room < wish.count ? room : wish.count;
   for (int64_t i = 0; i < count; ++i) {

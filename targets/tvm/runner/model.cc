@@ -4,6 +4,10 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/utsname.h>
+#ifdef __aarch64__
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 #include <unistd.h>
 
 #include <algorithm>
@@ -51,6 +55,16 @@ std::vector<int64_t> sizes_of(const ffi::json::Array& list) {
   return sizes;
 }
 
+#ifdef __aarch64__
+// Not from /proc/cpuinfo: under an emulator that is the host's.
+std::set<std::string> processor_flags() {
+  std::set<std::string> flags;
+  if (getauxval(AT_HWCAP) & HWCAP_ASIMD) flags.insert("asimd");
+  if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) flags.insert("asimddp");
+  if (getauxval(AT_HWCAP2) & HWCAP2_I8MM) flags.insert("i8mm");
+  return flags;
+}
+#else
 std::set<std::string> processor_flags() {
   std::ifstream file("/proc/cpuinfo");
   std::string line, flag;
@@ -63,6 +77,7 @@ std::set<std::string> processor_flags() {
   }
   return {};
 }
+#endif
 
 void demand_processor(const Object& about) {
   utsname here{};
@@ -117,6 +132,7 @@ Model::Model(const std::string& folder, int threads) {
   machine->GetFunction("vm_initialization").value()(static_cast<int>(kDLCPU), 0, kNaiveAllocator);
   prefill_ = machine->GetFunction("prefill");
   decode_ = machine->GetFunction("decode");
+  logits_ = machine->GetFunction("logits");
 }
 
 void Model::map_params(const std::string& path, const ffi::Array<ffi::Any>& entries) {
@@ -140,7 +156,7 @@ void Model::map_params(const std::string& path, const ffi::Array<ffi::Any>& entr
   }
 }
 
-int64_t Model::next(const std::vector<int64_t>& tokens) {
+ffi::Tensor Model::read(const ffi::Function& function, const std::vector<int64_t>& tokens) {
   const int64_t count = static_cast<int64_t>(tokens.size());
   if (length_ + count > context_) {
     throw Refusal{"the context is full: the artifact takes " + std::to_string(context_) + " tokens"};
@@ -148,12 +164,20 @@ int64_t Model::next(const std::vector<int64_t>& tokens) {
   ffi::Tensor ids = zeros({count, 1}, kInteger), past = zeros({1}, kInteger);
   std::copy(tokens.begin(), tokens.end(), static_cast<int64_t*>(ids.data_ptr()));
   *static_cast<int64_t*>(past.data_ptr()) = length_;
-  const ffi::Function step = count == 1 ? decode_.value() : prefill_.value();
-  const ffi::Tensor logits = step(ids, past, caches_, params_).cast<ffi::Tensor>();
   length_ += count;
-  const float* first = static_cast<const float*>(logits.data_ptr());
-  const float* last = first + logits.size(1);
-  return std::max_element(first, last) - first;
+  return function(ids, past, caches_, params_).cast<ffi::Tensor>();
+}
+
+int64_t Model::next(const std::vector<int64_t>& tokens) {
+  const ffi::Tensor row = read(tokens.size() == 1 ? decode_.value() : prefill_.value(), tokens);
+  const float* first = static_cast<const float*>(row.data_ptr());
+  return std::max_element(first, first + row.size(1)) - first;
+}
+
+std::vector<float> Model::logits(const std::vector<int64_t>& tokens) {
+  const ffi::Tensor rows = read(logits_.value(), tokens);
+  const float* first = static_cast<const float*>(rows.data_ptr());
+  return std::vector<float>(first, first + rows.size(0) * rows.size(1));
 }
 
 }  // namespace gammac

@@ -22,12 +22,16 @@ class Model {
   // Reads tokens behind those read so far; the likeliest next one.
   int64_t next(const std::vector<int64_t>& tokens);
 
+  // Reads tokens; the logits behind each of them, [tokens, vocabulary].
+  std::vector<float> logits(const std::vector<int64_t>& tokens);
+
  private:
+  tvm::ffi::Tensor read(const tvm::ffi::Function& function, const std::vector<int64_t>& tokens);
   void map_params(const std::string& path, const tvm::ffi::Array<tvm::ffi::Any>& entries);
 
   // the functions come from the library: it is freed last
   tvm::ffi::Optional<tvm::ffi::Module> library_, machine_;
-  tvm::ffi::Optional<tvm::ffi::Function> prefill_, decode_;
+  tvm::ffi::Optional<tvm::ffi::Function> prefill_, decode_, logits_;
   tvm::ffi::Array<tvm::ffi::Tensor> params_, caches_;
   int64_t context_ = 0, length_ = 0;
 };

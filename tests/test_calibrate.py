@@ -1,0 +1,177 @@
+"""Figures of kernels: timed on this machine, or analysed for another core."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from allocation_models import MODEL
+from click.testing import CliRunner, Result
+
+from gammac import calibrate
+from gammac.cli import main
+from gammac.diagnostics import CompileError
+from gammac.formats import parse_format
+from gammac.ir import parse
+from gammac.targets import cost
+from gammac.targets.target import load_target, parse_target, target_text
+
+pytest.importorskip("tvm", reason="needs the extra tvm")
+
+from gammac.targets.tvm.analysis import count_cycles, find_mca, hot_loop
+from gammac.targets.tvm.kernels import isa_of
+
+Run = Callable[..., Result]
+MCA = any(shutil.which(name) for name in ("llvm-mca", *(f"llvm-mca-{n}" for n in range(14, 30))))
+
+
+@pytest.fixture
+def gammac() -> Run:
+    def run(*arguments: object) -> Result:
+        result = CliRunner().invoke(main, [str(a) for a in arguments])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result
+
+    return run
+
+
+def test_a_calibrated_target_predicts_what_was_measured(
+    gammac: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibrate, "read_bandwidth", lambda threads: 5e9 * threads)
+    out = tmp_path / "mine.toml"
+    wanted = ["--quick", "--threads", 1, "--formats", "w4g64", "--shapes", "64x64,256x128"]
+    said = gammac("targets", "calibrate", "cpu-x86", "-o", out, *wanted)
+    assert said.exit_code == 0, said.output
+    assert "4 rows in" in said.stdout.replace("\n", " ")
+    mine, base = load_target(str(out), "tvm"), load_target("cpu-x86", "tvm")
+    assert (mine.name, mine.threads, mine.emitter) == ("mine", 1, "tvm") and len(mine.measured) == 4
+    assert mine.kernels == base.kernels and mine.dram_gbps == 5.0
+    w4 = parse_format("w4g64")
+    for row in mine.measured:
+        found = cost.linear_seconds(row.rows, row.columns, w4, mine, row.tokens)
+        assert found == row.seconds > 0
+    # the other backend's figures are not touched by them
+    assert load_target(str(out)).measured == ()
+    assert gammac("targets", "show", out, "--backend", "tvm").exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["edge", "cpu-x86"])
+def test_a_models_decode_time_comes_out(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, text, seconds = tmp_path / "mine.toml", target_text(name), 0.125
+    out.write_text(text)
+    module = parse(MODEL.replace("scores =", 'format = "w4g64", scores ='))
+    plan = SimpleNamespace(target=load_target(str(out), "tvm"))
+    session = SimpleNamespace(context=4096)
+    monkeypatch.setattr(calibrate, "make_plan", lambda request, cache: plan)
+    monkeypatch.setattr(
+        calibrate, "compile_model", lambda plan, folder: SimpleNamespace(module=module, folder=folder)
+    )
+    monkeypatch.setattr(calibrate, "open_session", lambda folder, threads: session)
+    timed = SimpleNamespace(decode_seconds=lambda past, new: seconds * new)
+    monkeypatch.setattr(calibrate, "SessionRunner", lambda session: timed)
+    found = parse_target(calibrate.with_call_cost(text, out, "toy", None), "mine.toml", "tvm")
+    assert cost.module_cost(module, found).decode_seconds == pytest.approx(seconds, rel=0.01)
+    others = {op: call for op, call in plan.target.overhead_us.items() if op != "default"}
+    assert {op: call for op, call in found.overhead_us.items() if op != "default"} == others
+
+
+ROWS = """
+[[measured]]
+op = "linear"
+format = "w4g64"
+rows = {rows}
+columns = 128
+threads = 4
+seconds = {seconds}
+tokens = {tokens}
+"""
+
+
+def test_between_measured_shapes_seconds_follow_the_weights() -> None:
+    timed = ((100, 2e-5, 1), (300, 4e-5, 1), (100, 1e-3, 64))
+    rows = "".join(ROWS.format(rows=r, seconds=s, tokens=t) for r, s, t in timed)
+    pi, w4 = parse_target(target_text("edge") + rows), parse_format("w4g64")
+    seconds = {rows: cost.linear_seconds(rows, 128, w4, pi) for rows in (1, 100, 200, 300, 600)}
+    call = pi.overhead_us["default"] * 1e-6
+    assert seconds[1] == pytest.approx(call + (2e-5 - call) / 100)
+    assert [seconds[n] for n in (100, 200, 300, 600)] == pytest.approx([2e-5, 3e-5, 4e-5, 8e-5])
+    assert cost.linear_seconds(100, 128, w4, pi, 128) == pytest.approx(2e-3)
+    assert cost.linear_seconds(100, 128, parse_format("w3g64"), pi) != seconds[100]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["cpu", "-o", "mine.txt"], "mine.txt is no .toml file"),
+        (["edge", "-o", "mine.toml"], "edge can't be timed here: the artifact is for aarch64"),
+        (["cpu", "-o", "mine.toml", "--shapes", "64"], "'64' is no shape"),
+        (["cpu", "-o", "mine.toml", "--threads", "two"], "'two' are no numbers of threads"),
+    ],
+)
+def test_mistakes_are_told_at_once(gammac: Run, arguments: list[str], said: str) -> None:
+    result = gammac("targets", "calibrate", *arguments)
+    assert result.exit_code == 1 and said in result.stderr
+
+
+# ---- analysis -----------------------------------------------------------------------------------
+
+ASSEMBLY = """
+\t.text
+.LBB0_1:
+\tadd\tx1, x1, #1
+\tb.ne\t.LBB0_1
+.LBB0_2:
+\tmov\tx3, x4
+.LBB0_3:
+\t.loc\t1 2 3
+\tldr\tq0, [x0]
+\tsdot\tv1.4s, v0.16b, v2.16b
+\tsubs\tx2, x2, #1
+\tb.ne\t.LBB0_3
+\tcbnz\tx3, .LBB0_2
+\tret
+"""
+
+
+def test_the_hot_loop_is_the_longest_of_the_inner_ones() -> None:
+    found = [line.split("\t")[0] for line in hot_loop(ASSEMBLY)]
+    assert found == ["ldr", "sdot", "subs", "b.ne"]
+
+
+@pytest.mark.skipif(not MCA, reason="no llvm-mca: apt-get install llvm")
+def test_cycles_are_those_of_the_core() -> None:
+    isa, mca = isa_of(load_target("edge")), find_mca()
+    # one sum that each dot product waits for: at least a cycle each, and more the longer the loop
+    loop = [line for line in hot_loop(ASSEMBLY) if not line.startswith("b.ne")]
+    one, many = (count_cycles(loop[:1] + loop[1:2] * n + loop[2:], isa, mca, "cortex-a76") for n in (1, 16))
+    assert 1 <= one < many and many >= 16
+    with pytest.raises(CompileError, match=r"can't analyse code for cortex-a7x"):
+        count_cycles(loop, isa, mca, "cortex-a7x")
+
+
+@pytest.mark.skipif(not MCA, reason="no llvm-mca: apt-get install llvm")
+def test_rows_of_a_shipped_file_come_from_its_code(gammac: Run) -> None:
+    """The versions of llvm-mca differ in cycles; the instructions are LLVM's inside TVM."""
+    said = gammac("targets", "analyse", "edge", "--bits", 4, "--groups", 64)
+    assert said.exit_code == 0, said.output
+    (made,) = parse_target(target_text("edge-aarch64-rpi4").split("[[analysed]]")[0] + said.stdout).analysed
+    (shipped,) = [a for a in load_target("edge").analysed if (a.bits, a.group) == (4, 64)]
+    assert "as cortex-a76 at 2.4 GHz" in made.source
+    count = [source.source.split(" instructions")[0].split(": ")[1] for source in (made, shipped)]
+    assert count[0] == count[1]
+    assert shipped.gweights / 2 < made.gweights < 2 * shipped.gweights
+
+
+def test_without_llvm_mca_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(CompileError, match=r"no llvm-mca here[^$]*apt-get install llvm"):
+        find_mca()
+
+
+def test_fewer_bits_are_not_always_less_work() -> None:
+    """What the formats' order of cost on a core hangs on: three bits are unpacked from two planes."""
+    pi = {(a.bits, a.group): a.gweights for a in load_target("edge").analysed}
+    assert pi[4, 64] > pi[3, 64] and pi[2, 64] > pi[7, 64]
