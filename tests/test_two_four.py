@@ -101,6 +101,15 @@ def test_patterns_are_masks_and_back(numbers: list[int]) -> None:
     assert mask.reshape(-1, 4).sum(1).eq(2).all() and torch.equal(patterns_of(mask), patterns)
 
 
+@given(st.lists(st.tuples(*[st.integers(0, 2)] * 4), min_size=1, max_size=8))
+def test_of_four_the_two_largest_stay_and_of_equals_the_first(fours: list[tuple[int, ...]]) -> None:
+    scores = torch.tensor(fours).float().reshape(1, -1)
+    kept = keep_two(scores).reshape(-1, 4)
+    for four, mask in zip(fours, kept.tolist(), strict=True):
+        best = sorted(range(4), key=lambda i: (-four[i], i))[:2]
+        assert {i for i in range(4) if mask[i]} == set(best)
+
+
 def test_dequantize_by_hand() -> None:
     parts = {
         "codes": torch.tensor([[3, 0, 7, 4]], dtype=torch.uint8),

@@ -123,9 +123,13 @@ def by_four(values: Tensor) -> Tensor:
 
 def keep_two(scores: Tensor) -> Tensor:
     """Of each four columns of scores [rows, columns] the two largest, as a mask; of equals the first."""
-    order = by_four(scores).argsort(dim=2, descending=True, stable=True)
-    mask = torch.zeros(order.shape, dtype=torch.bool).scatter_(2, order[:, :, :KEPT], True)
-    return mask.reshape(scores.shape)
+    a, b, c, d = by_four(scores).unbind(2)
+    # how many of the others are kept first; comparing is many times faster than sorting fours
+    ab, ac, ad, bc, bd, cd = (
+        (x >= y).to(torch.int8) for x, y in ((a, b), (a, c), (a, d), (b, c), (b, d), (c, d))
+    )
+    before = (3 - ab - ac - ad, ab + 2 - bc - bd, ac + bc + 1 - cd, ad + bd + cd)
+    return (torch.stack(before, 2) < KEPT).reshape(scores.shape)
 
 
 def is_two_four(weight: Tensor) -> Tensor:
