@@ -29,7 +29,7 @@ pytest.importorskip("tvm", reason="needs the extra tvm")
 
 from gammac.runtime import tvm_cuda
 from gammac.runtime.tvm_session import TvmSession
-from gammac.targets.tvm.build import build_library, find_linker
+from gammac.targets.tvm.build import build_library
 from gammac.targets.tvm.cuda import emit as cuda_emit
 from gammac.targets.tvm.cuda import products
 from gammac.targets.tvm.cuda.kernels import CudaDevice
@@ -39,6 +39,7 @@ from gammac.targets.tvm.cuda.toolkit import check_archs, demand_nvcc, find_nvcc
 from gammac.targets.tvm.emit import write_program
 from gammac.targets.tvm.kernels import isa_of, lowering
 from gammac.targets.tvm.params import ParamFile
+from gammac.targets.tvm.toolchain import find_linker
 
 pytestmark = pytest.mark.skipif(find_linker() is None, reason="nothing links a shared library")
 needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc")

@@ -19,9 +19,9 @@ pytest.importorskip("tvm", reason="needs the extra tvm")
 
 from gammac.runtime.tvm_cuda import compute_version, lacking_gpu
 from gammac.runtime.tvm_session import TvmSession
-from gammac.targets.tvm.build import find_linker
 from gammac.targets.tvm.cuda.emit import emit, emulate
 from gammac.targets.tvm.cuda.toolkit import find_nvcc
+from gammac.targets.tvm.toolchain import find_linker
 
 pytestmark = [
     pytest.mark.gpu,

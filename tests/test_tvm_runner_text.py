@@ -17,9 +17,10 @@ from gammac.models_zoo.texts import default_calibration_text
 
 pytest.importorskip("tvm", reason="needs the extra tvm")
 
-from gammac.targets.tvm.runner import COMPILERS, build_runner
+from gammac.targets.tvm.runner import build_runner
+from gammac.targets.tvm.toolchain import CXX, find_linker
 
-pytestmark = pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(find_linker(language=CXX) is None, reason="no C++ compiler")
 
 MODERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*"

@@ -16,8 +16,8 @@ pytest.importorskip("tvm", reason="the extra tvm is not installed")
 
 from test_tvm_kernels import HERE, HOST, check, random_weight, runnable
 
-from gammac.targets.tvm.build import find_linker
 from gammac.targets.tvm.kernels import ISAS, Layout, Packable, pack, packed_bytes
+from gammac.targets.tvm.toolchain import find_linker
 
 FORMATS = ["s24w2g64", "s24w3g64", "s24w4g64", "s24w5g32-hw", "s24w8g64", "s24w4g64-hw", "s24w3channel-hw"]
 
