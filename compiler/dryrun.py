@@ -13,6 +13,7 @@ from typing import Final
 import torch
 
 from gammac.calibration import BATCH_WINDOWS
+from gammac.diagnostics import CompileError
 from gammac.driver import Plan, calibration_of, context_of, extra_bytes
 from gammac.ir import Module, Weight
 from gammac.passes import default_pipeline, incoherence_of, refine_of, strategy_of
@@ -51,7 +52,12 @@ class Estimate:
 
 
 def estimate(plan: Plan) -> Estimate:
-    """Raises CompileError for a budget that can't be met, as the compile would."""
+    """Raises CompileError for a budget that can't be met, as the compile would, and for a trained folder."""
+    if plan.request.choices.trained:
+        raise CompileError(
+            f"{plan.source.name} was trained in its formats: there is nothing to estimate",
+            hint="compile it: that takes seconds; training.json says its bits",
+        )
     ctx = context_of(plan)
     extra = extra_bytes(plan, plan.module)
     allocate = Allocate(tie=plan.request.choices.tie, extra_bytes=extra)

@@ -29,7 +29,7 @@ LAYERS = [
     ["gammac.runtime"],
     ["gammac.backends"],
     ["gammac.driver", "gammac.summary"],
-    ["gammac.dryrun", "gammac.evaluation", "gammac.explain"],
+    ["gammac.dryrun", "gammac.evaluation", "gammac.explain", "gammac.training"],
     ["gammac.sweep"],
     ["gammac.sweep_report"],
     ["gammac.plots"],
