@@ -33,8 +33,8 @@ RANGE_KEEP: Final = 0.9
 class DsaQat:
     """The method for a trainer: latents, the formats that they have at the moment, and the controller.
 
-    `stored` names the weights that a checkpoint holds: a norm that a pass computed stays as it is. `compiler`:
-    whether formats that need a C++ compiler can be had.
+    `stored` names the weights that a checkpoint holds: a norm that a pass computed stays as it is.
+    `compiler`: whether formats that need a C++ compiler can be had.
     """
 
     name = "dsa-qat"
@@ -78,7 +78,7 @@ class DsaQat:
         if not self.options.activations and self.options.gamma:
             self.noises = [relative_noise(self.latents[n], used[n]) for n in self.controller.names]
         task = self.task(outputs, batch)
-        noise = float(sum(float(x) for x in self.noises)) / max(1, len(self.noises))
+        noise = float(sum(float(x.detach()) for x in self.noises)) / max(1, len(self.noises))
         total = quantization_aware_loss(task, self.noises, self.options.gamma)
         return total, {"task": float(task.detach()), "noise": noise}
 

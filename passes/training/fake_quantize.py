@@ -26,7 +26,8 @@ def step_size(values: Tensor, bits: int, dim: int | None = None) -> Tensor:
 
 def quantize_values(values: Tensor, step: Tensor | float, low: int, high: int) -> Tensor:
     """Q(x) = clip(round(x/Δ)·Δ, q_min·Δ, q_max·Δ); `low` and `high` are q_min and q_max in codes."""
-    return (values / step).round().clamp(low, high) * step
+    rounded: Tensor = (values / step).round().clamp(low, high) * step
+    return rounded
 
 
 class _StraightThrough(torch.autograd.Function):
