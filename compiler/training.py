@@ -18,7 +18,7 @@ from gammac.cache import key_of
 from gammac.diagnostics import CompileError
 from gammac.driver import TOKENIZER_FILES, resolve
 from gammac.files import write_atomically
-from gammac.formats import load_float, parse_formats
+from gammac.formats import Format, load_float, parse_formats
 from gammac.frontend.checkpoint import write_checkpoint
 from gammac.frontend.export import Source, build_skeleton, capture
 from gammac.frontend.source import quiet
@@ -30,12 +30,14 @@ from gammac.passes.fold_constants import FoldConstants
 from gammac.passes.quantize_activations import parse_activations
 from gammac.passes.raise_patterns import RaisePatterns
 from gammac.passes.training.dsa_qat import DsaQat
+from gammac.passes.training.efficiency import FULL_BITS, compression_ratio, energy, size_reduction, speed_up
 from gammac.passes.training.options import AS_WEIGHTS, DsaQatOptions
 from gammac.passes.training.trained import Trained, write_trained
 from gammac.passes.training.trainer import Data, Schedule, Trainer
 from gammac.pipeline import Context, Pipeline
 from gammac.progress import Progress, no_progress
 from gammac.runtime.staging import check_writable, staging
+from gammac.targets.cost import module_cost
 from gammac.targets.target import Target, load_target
 from gammac.texts import read_text, token_windows
 from gammac.weights import WeightStore, digest_of
@@ -145,6 +147,7 @@ def finetune(training: Training, out: Path, progress: Progress = no_progress) ->
         "held_out_tokens": training.held_out.tokens.numel(),
     }
     weights = method.quantized()
+    figures |= _efficiency(training, {n: q.format for n, q in weights.items()}, method)
     trained = Trained(
         method.name, f"{request.options.average_bits:g}", {n: q.format.name for n, q in weights.items()},
         method.activations(), {**asdict(request.options), **asdict(request.schedule)}, figures,
@@ -156,6 +159,22 @@ def finetune(training: Training, out: Path, progress: Progress = no_progress) ->
         write_history(history, folder)
     shutil.rmtree(training.checkpoints, ignore_errors=True)
     return Finetuned(out, trained, history)
+
+
+def _efficiency(training: Training, formats: Mapping[str, Format], method: DsaQat) -> dict[str, float]:
+    """The paper's figures over the blocks' linears: energy as a share of f32's, and the speed-up of a decoded
+    token that the target's model predicts."""
+    names = {n: training.module.weights[n].type.numel() for n in method.controller.names}
+    bits = {n: float(formats[n].bits) for n in names}
+    mean = method.controller.average_bits()
+    full = module_cost(training.module, training.ctx.target)
+    small = module_cost(training.module, training.ctx.target, {n: f.name for n, f in formats.items()})
+    return {
+        "compression_ratio": compression_ratio(mean),
+        "size_reduction": size_reduction(mean),
+        "energy": energy(bits, names) / energy(dict.fromkeys(names, float(FULL_BITS)), names),
+        "predicted_speed_up": speed_up(full.decode_seconds, small.decode_seconds),
+    }
 
 
 def _write_model(training: Training, changed: Mapping[str, torch.Tensor], folder: Path) -> None:

@@ -34,7 +34,6 @@ from gammac.passes.training.fake_quantize import (
 )
 from gammac.passes.training.options import DsaQatOptions
 from gammac.passes.training.precision import Level
-from gammac.passes.training.tasks import class_scores
 from gammac.passes.training.trained import CODES, read_trained
 from gammac.passes.training.trainer import Data, Schedule, Trainer, smoothed_losses
 from gammac.pipeline import Context
@@ -94,18 +93,6 @@ def test_efficiency_and_what_the_paper_claims() -> None:
     assert whole == efficiency.energy({"a": 4}, n) + efficiency.energy({"b": 6}, n) == 160
     four, six, eight = (efficiency.energy(dict.fromkeys(n, b), n) for b in (4, 6, 8))
     assert four < six < eight
-
-
-def test_class_scores_on_cases_worked_by_hand() -> None:
-    found = class_scores([0, 0, 1, 1, 1], [0, 1, 1, 1, 0], 2)
-    assert found.accuracy == pytest.approx(0.6)
-    assert found.precision == pytest.approx((1 / 2 + 2 / 3) / 2)
-    assert found.recall == pytest.approx((1 / 2 + 2 / 3) / 2)
-    assert found.f1 == pytest.approx((1 / 2 + 2 / 3) / 2)
-    never = class_scores([0, 0], [0, 1], 2)
-    assert (never.precision, never.recall, never.f1) == (0.25, 0.5, pytest.approx(1 / 3))
-    with pytest.raises(ValueError, match="examples"):
-        class_scores([], [], 2)
 
 
 # ---- fake quantization --------------------------------------------------------------------------
@@ -409,6 +396,9 @@ def test_the_command_trains_and_refuses_a_folder_that_is_there(
     first = CliRunner().invoke(main, arguments)
     assert first.exit_code == 0, first.output
     assert "14 × w4g32" in first.output
+    figures = read_trained(tmp_path / "out").figures
+    assert (figures["compression_ratio"], figures["size_reduction"], figures["energy"]) == (8, 0.875, 0.125)
+    assert figures["predicted_speed_up"] > 0
     assert len((tmp_path / "out" / "history.csv").read_text().splitlines()) == 2
     second = CliRunner().invoke(main, arguments)
     assert second.exit_code == 1

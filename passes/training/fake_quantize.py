@@ -21,7 +21,8 @@ TRAINABLE = (INTEGER, NORMAL_FLOAT)  # kinds of formats that are cheap enough to
 def step_size(values: Tensor, bits: int, dim: int | None = None) -> Tensor:
     """Δ = max|A| / (2^(b−1) − 1): of the whole tensor, or along `dim`, which stays with size one."""
     largest = values.abs().amax() if dim is None else values.abs().amax(dim, keepdim=True)
-    return largest.clamp(min=SMALLEST_MAGNITUDE) / (2 ** (bits - 1) - 1)
+    top: int = 2 ** (bits - 1) - 1
+    return largest.clamp(min=SMALLEST_MAGNITUDE) / top
 
 
 def quantize_values(values: Tensor, step: Tensor | float, low: int, high: int) -> Tensor:

@@ -6,7 +6,7 @@ The paper's controller "updates precision continuously" without a rule; ours loo
 a layer by one width at most, only where that gains 5 %, and stops for the last fifth of the training.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -80,7 +80,7 @@ def by_program(layers: Layers, capacity: int, trade_off: float = 0.0) -> Picks:
     groups = [tuple(Choice(x.format, x.objective(trade_off), (x.bits,)) for x in levels) for levels in layers]
     try:
         return choose(groups, (capacity,))
-    except Infeasible as error:  # pragma: no cover - there is room, as was seen
+    except Infeasible as error:
         raise AssertionError(str(error)) from error
 
 
@@ -146,8 +146,3 @@ def reversed_errors(layers: Layers, sensitivities: Sequence[float]) -> list[list
         [Level(x.format, x.error / max(sensitivities[i], 1e-30) * given[i], x.cost, x.bits) for x in levels]
         for i, levels in enumerate(layers)
     ]
-
-
-def average_bits(bits: Mapping[str, float], sizes: Mapping[str, int]) -> float:
-    """The mean width, each layer weighed by its parameters."""
-    return sum(bits[n] * sizes[n] for n in bits) / max(1, sum(sizes[n] for n in bits))

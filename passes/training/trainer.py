@@ -30,17 +30,16 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Data:
-    """Token windows i64 [n, length], and labels i64 [n] for a classification."""
+    """Token windows i64 [n, length]."""
 
     tokens: Tensor
-    labels: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def take(self, indices: Tensor | slice) -> "Data":
         """Some of the windows."""
-        return Data(self.tokens[indices], None if self.labels is None else self.labels[indices])
+        return Data(self.tokens[indices])
 
 
 @dataclass(frozen=True)
