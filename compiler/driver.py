@@ -6,7 +6,7 @@ capture → passes → emit → check against the original → seal
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,6 +28,7 @@ from gammac.passes.finetune import Distill
 from gammac.passes.legalize_onnx import within_context
 from gammac.passes.refine import Refine
 from gammac.passes.sensitivity import NEED_NEXT_TOKEN
+from gammac.passes.training.trained import is_trained
 from gammac.pipeline import Context, Observer, Pipeline, Step
 from gammac.progress import Progress, no_progress
 from gammac.room import demand_room
@@ -140,12 +141,15 @@ def make_plan(request: Request, cache: Path | None = None, *, artifact: bool = T
     if request.calibration is not None:
         read_text(request.calibration)
     source = resolve(request.model, request.trust_remote_code)
+    if is_trained(source.folder) and source.gguf is None:
+        request = replace(request, choices=trained_choices(request.choices, source))
+        default_pipeline(request.choices, target.emitter, compiler=backend.every_width)
     store = WeightStore(folder / "weights")
     module = capture(source, store)
     wanted = (strategy_of(request.choices), *refine_of(request.choices))
     needy = [p.name for p in wanted if p.name in NEED_NEXT_TOKEN or isinstance(p, Refine)]
     needy += [Distill.name] if request.choices.distill else []
-    if module.attrs.get("kind") == "encoder" and needy:
+    if module.attrs.get("kind") == "encoder" and needy and not request.choices.trained:
         raise CompileError(
             f"{source.name} is an encoder: {needy[0]} needs a next token", hint="use --strategy weight_mse"
         )
@@ -156,6 +160,20 @@ def make_plan(request: Request, cache: Path | None = None, *, artifact: bool = T
     seconds = time.perf_counter() - started
     passes = PassCache(folder / "passes")
     return Plan(request, target, budgets, source, module, store, passes, folder, backend, seconds)
+
+
+def trained_choices(choices: Choices, source: Source) -> Choices:
+    """What is left to choose for a trained folder, which brings its formats and codes: nothing.
+
+    Raises CompileError for choices that differ from the defaults.
+    """
+    made = [f.name for f in fields(Choices) if getattr(choices, f.name) != f.default]
+    if made:
+        raise CompileError(
+            f"{source.name} was trained in its formats: {', '.join(made)} can't be chosen any more",
+            hint="leave such options out, or train again: gammac finetune",
+        )
+    return Choices(trained=str(source.folder))
 
 
 def check_target(target: Target, choices: Choices, *, compiler: bool, artifact: bool) -> None:
@@ -343,6 +361,8 @@ def not_quantized(module: Module) -> Iterator[tuple[str, str]]:
 def fallbacks(plan: Plan, module: Module) -> Iterator[tuple[str, str]]:
     """Weights whose group size is not one that was asked for."""
     choices = plan.request.choices
+    if choices.trained:
+        return  # its formats are those that were asked for
     for name, weight in module.weights.items():
         stored = weight.attrs.get("stored")
         wished = parse_formats(choices.block if weight.attrs.get("role") == "block" else choices.table)
@@ -363,7 +383,7 @@ def notes_on(plan: Plan, module: Module) -> Iterator[str]:
     rounded = {op.attrs["bits"] for op in emitted_function(module).ops if op.name == "fake_quantize"}
     if rounded:
         yield f"linears of blocks read activations of {', '.join(sorted(map(str, rounded)))} bits"
-    if not plan.compiler:
+    if not plan.compiler and not plan.request.choices.trained:
         yield "no C++ compiler: rows are split between 2, 4 and 8 bits; with one, every width has a kernel"
 
 

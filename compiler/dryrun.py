@@ -53,7 +53,12 @@ class Estimate:
 
 
 def estimate(plan: Plan) -> Estimate:
-    """Raises CompileError for a budget that can't be met, as the compile would."""
+    """Raises CompileError for a budget that can't be met, as the compile would, and for a trained folder."""
+    if plan.request.choices.trained:
+        raise CompileError(
+            f"{plan.source.name} was trained in its formats: there is nothing to estimate",
+            hint="compile it: that takes seconds; training.json says its bits",
+        )
     if any(budget.kind == LOSS for budget in plan.budgets):
         raise CompileError(
             "a limit of the predicted loss takes scores, and a dry run makes none",

@@ -4,12 +4,14 @@ from collections.abc import Mapping
 from typing import Final
 
 from gammac.diagnostics import CompileError
+from gammac.passes.adopt_trained import AdoptTrained, RoundTrainedInputs
 from gammac.passes.allocate import Allocate
 from gammac.passes.awq import Awq
 from gammac.passes.candidates import Candidates
 from gammac.passes.choices import (
     Choices,
     activations_of,
+    adopted_of,
     awq_of,
     check_choices,
     incoherence_of,
@@ -41,7 +43,8 @@ from gammac.targets.target import NO_EMITTER
 _IN_ORDER: Final[tuple[type[Pass], ...]] = (
     FoldConstants, RaisePatterns, FoldNorms, Rotate, SmoothQuant, Awq, InsertKvCache, KeepPrecision,
     SplitRows, CollectGrams, CollectGuidedGrams, Incoherence, Candidates, *STRATEGIES.values(), Allocate,
-    Refine, LearnRounding, Distill, Quantize, QuantizeActivations, LegalizeOnnx, LegalizeTvm,
+    Refine, LearnRounding, Distill, AdoptTrained, Quantize, QuantizeActivations, RoundTrainedInputs,
+    LegalizeOnnx, LegalizeTvm,
 )  # fmt: skip
 PASSES: Final[Mapping[str, type[Pass]]] = {p.name: p for p in _IN_ORDER}
 
@@ -59,6 +62,8 @@ def default_pipeline(
     the emitter thinks fit). Raises CompileError for an unknown strategy or emitter, or for options that the
     strategy lacks.
     """
+    if choices.trained:
+        return _trained_pipeline(choices, emitter, compiler=compiler, context=context)
     strategy = strategy_of(choices)
     if emitter not in (*LEGALIZERS, NO_EMITTER):
         raise CompileError(f"no emitter {emitter!r}", hint=f"there are {', '.join(LEGALIZERS)}")
@@ -91,6 +96,18 @@ def default_pipeline(
         Quantize(choices.inputs, *how),
         *activations_of(choices, emitter, compiler),
         # the form that the emitter writes
+        *(() if emitter == NO_EMITTER else (LEGALIZERS[emitter](context),)),
+    )
+
+
+def _trained_pipeline(choices: Choices, emitter: str, *, compiler: bool, context: int) -> tuple[Pass, ...]:
+    """The same for a trained folder: nothing is scored, allocated or rounded any more."""
+    return (
+        FoldConstants(),
+        RaisePatterns(),
+        InsertKvCache(),
+        KeepPrecision(),
+        *adopted_of(choices, emitter, compiler),
         *(() if emitter == NO_EMITTER else (LEGALIZERS[emitter](context),)),
     )
 

@@ -1,20 +1,33 @@
 """What a compile lets its user choose about the passes, and which passes follow from it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final
 
 from gammac.diagnostics import CompileError
-from gammac.formats import INTEGER, TWO_FOUR, IntegerFormat, TwoFourFormat, parse_formats
+from gammac.formats import (
+    INTEGER,
+    TWO_FOUR,
+    Format,
+    IntegerFormat,
+    TwoFourFormat,
+    parse_format,
+    parse_formats,
+)
+from gammac.passes.adopt_trained import AdoptTrained, RoundTrainedInputs
 from gammac.passes.allocate import QUALITY
 from gammac.passes.awq import Awq
 from gammac.passes.finetune import LEARNABLE
 from gammac.passes.incoherence import Incoherence
 from gammac.passes.options import options_of, parse_strategy
+from gammac.passes.quantize import Quantize
 from gammac.passes.quantize_activations import QuantizeActivations, parse_activations
 from gammac.passes.quantizers import QUANTIZERS, Quip, make_quantizer
 from gammac.passes.refine import Refine
 from gammac.passes.sensitivity import STRATEGIES, Gamma
 from gammac.passes.smooth_quant import SmoothQuant
+from gammac.passes.training.trained import digest_of_trained, read_trained
 from gammac.pipeline import Pass
 from gammac.targets.target import NO_EMITTER
 
@@ -57,6 +70,7 @@ class Choices:
     objective: str = QUALITY
     learn_rounding: bool = False
     distill: bool = False
+    trained: str = ""  # the folder of a finished training, whose formats and codes are taken as they are
 
 
 def with_sparsity(formats: str, sparsity: str) -> str:
@@ -182,17 +196,32 @@ def activations_of(choices: Choices, emitter: str, compiler: bool) -> tuple[Quan
     if not choices.activations:
         return ()
     format_ = parse_activations(choices.activations)
+    demand_activations(format_.bits, parse_formats(choices.block), emitter, compiler)
+    return (QuantizeActivations(choices.activations),)
+
+
+def demand_activations(bits: int, formats: Sequence[Format], emitter: str, compiler: bool) -> None:
+    """Raises CompileError where no kernel multiplies activations of so many bits by weights in `formats`."""
     if emitter not in RUN_ACTIVATIONS:
         raise CompileError(
-            f"the emitter {emitter} runs no activations of {format_.bits} bits",
+            f"the emitter {emitter} runs no activations of {bits} bits",
             hint="onnx does; or leave out --activations",
         )
-    integers = compiler and all(
-        isinstance(f, IntegerFormat) and f.symmetric and not f.group for f in parse_formats(choices.block)
-    )
-    if format_.bits < 8 and not integers:
+    integers = compiler and all(isinstance(f, IntegerFormat) and f.symmetric and not f.group for f in formats)
+    if bits < 8 and not integers:
         raise CompileError(
-            f"activations of {format_.bits} bits are multiplied by weights with one scale a row alone",
-            hint=f"{format_.weights} is such a format" + ("" if compiler else "; it takes a C++ compiler"),
+            f"activations of {bits} bits are multiplied by weights with one scale a row alone",
+            hint=f"w{bits}channel-sym is such a format" + ("" if compiler else "; it takes a C++ compiler"),
         )
-    return (QuantizeActivations(choices.activations),)
+
+
+def adopted_of(choices: Choices, emitter: str, compiler: bool) -> tuple[Pass, ...]:
+    """What stands between capture and emission for a trained folder.
+
+    Raises CompileError where the emitter does not run what was trained.
+    """
+    trained, digest = read_trained(Path(choices.trained)), digest_of_trained(Path(choices.trained))
+    for name, how in trained.activations.items():
+        demand_activations(int(how["bits"]), [parse_format(trained.formats[name])], emitter, compiler)
+    rounded = (RoundTrainedInputs(choices.trained, digest),) if trained.activations else ()
+    return (AdoptTrained(choices.trained, digest, compiler), Quantize(), *rounded)

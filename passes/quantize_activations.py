@@ -96,27 +96,42 @@ class _Largest:
         return dict(self.found)
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """How what a linear reads is rounded; without a `scale` each token has its own step."""
+
+    bits: int
+    scale: float | None = None
+
+
 def round_inputs(module: Module, format_: ActivationFormat, largest: Mapping[str, float]) -> Module:
     """The module with rounded inputs; `largest` magnitudes by weight name where the format is static."""
-    return module.with_functions(*(_rounded(f, module, format_, largest) for f in module.functions.values()))
+    top = 2 ** (format_.bits - 1) - 1
+    names = (name for name, w in module.weights.items() if w.attrs.get("role") == "block")
+    steps = {n: float(f"{largest[n] / top:.6g}") if format_.static else None for n in names}
+    return round_each(module, {n: Rounding(format_.bits, step) for n, step in steps.items()})
 
 
-def _rounded(
-    function: Function, module: Module, format_: ActivationFormat, largest: Mapping[str, float]
-) -> Function:
+def round_each(module: Module, rounded: Mapping[str, Rounding]) -> Module:
+    """The module with the inputs of these block weights rounded; linears that read one value share the
+    first one's. Raises CompileError for an input that is rounded already."""
+    return module.with_functions(*(_rounded(f, module, rounded) for f in module.functions.values()))
+
+
+def _rounded(function: Function, module: Module, rounded: Mapping[str, Rounding]) -> Function:
     made: dict[Operand, Value] = {}
     producers = function.producers()
 
     def rule(b: Builder, op: Op, operands: tuple[Operand, ...]) -> Sequence[Operand] | None:
         ref, x = op.weight(), op.operands[0] if op.operands else None
-        if ref is None or not _is_of_block(op, module) or not isinstance(x, Value):
+        if ref is None or not _is_of_block(op, module) or not isinstance(x, Value) or ref.name not in rounded:
             return None
         if x in producers and producers[x].name == "fake_quantize":
             raise CompileError("its input is quantized already", loc=op.loc, hint="quantize activations once")
         if x not in made:
-            top = 2 ** (format_.bits - 1) - 1
-            step = {"scale": float(f"{largest[ref.name] / top:.6g}")} if format_.static else {}
-            made[x] = b.emit("fake_quantize", operands[0], loc=op.loc, bits=format_.bits, **step)
+            how = rounded[ref.name]
+            step = {} if how.scale is None else {"scale": how.scale}
+            made[x] = b.emit("fake_quantize", operands[0], loc=op.loc, bits=how.bits, **step)
         return b.emit_all(op.name, made[x], *operands[1:], loc=op.loc, **op.attrs)
 
     return rewrite(function, rule)

@@ -31,7 +31,7 @@ LAYERS = [
     ["gammac.closing_check"],
     ["gammac.driver", "gammac.summary"],
     ["gammac.dryrun", "gammac.evaluation", "gammac.explain", "gammac.calibrate", "gammac.peers"],
-    ["gammac.sparsify"],
+    ["gammac.sparsify", "gammac.training"],
     ["gammac.sweep", "gammac.pareto"],
     ["gammac.sweep_report"],
     ["gammac.plots"],

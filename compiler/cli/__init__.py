@@ -2,6 +2,7 @@
 
 from gammac.cli.compile import compile_command
 from gammac.cli.console import main
+from gammac.cli.finetune import finetune_command
 from gammac.cli.ir import diff, inspect, opt, passes_command
 from gammac.cli.lists import zoo
 from gammac.cli.run import bench_command, eval_command, run
@@ -12,7 +13,7 @@ from gammac.cli.targets import targets_group
 
 # in the order of a user's work
 for _command in (
-    compile_command, run, eval_command, bench_command, sweep_command, study_command,
+    compile_command, finetune_command, run, eval_command, bench_command, sweep_command, study_command,
     sparsify_command, inspect, diff, opt, passes_command, targets_group, zoo,
 ):  # fmt: skip
     main.add_command(_command)

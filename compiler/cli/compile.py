@@ -145,9 +145,12 @@ def _follow_recipe(options: dict[str, Any]) -> None:
 
 
 def _default_budget(options: dict[str, Any]) -> str:
-    """As many bits as activations have, where formats follow from them."""
+    """As trained, for a trained folder; as many bits as activations have, where formats follow from them."""
     from gammac.passes.quantize_activations import parse_activations
+    from gammac.passes.training.trained import is_trained, read_trained
 
+    if is_trained(Path(options["model"])):
+        return read_trained(Path(options["model"])).budget
     if options["formats"] or not options["activations"]:
         return BUDGET
     return str(parse_activations(options["activations"]).bits)

@@ -7,10 +7,12 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from gammac.diagnostics import CompileError
+from gammac.files import write_atomically
 from gammac.frontend.gguf import read_gguf
 from gammac.frontend.lower import Lowered
 from gammac.frontend.source import Source, model_class, nonsense_is_an_error
@@ -25,6 +27,10 @@ class Tensors(Protocol):
         """The digest in `store` of a parameter as float32. Raises CompileError."""
         ...
 
+    def read(self, name: str) -> Tensor:
+        """A parameter as it lies there. Raises CompileError."""
+        ...
+
 
 @dataclass(frozen=True)
 class TensorsInMemory:
@@ -36,6 +42,10 @@ class TensorsInMemory:
         """The digest of a parameter, put into the store."""
         tensor = demand_numbers(name, self.parameters[name].detach().float())
         return store.put({"data": tensor.t() if is_transposed else tensor})
+
+    def read(self, name: str) -> Tensor:
+        """The parameter in memory."""
+        return self.parameters[name].detach()
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,10 @@ class TensorsInFiles:
         if is_transposed:
             return store.put({"data": tensor.float().t()})
         return store.point_at(path, key, tensor)
+
+    def read(self, name: str) -> Tensor:
+        """The parameter out of its file."""
+        return _read(*self.places[name])
 
 
 def demand_numbers(name: str, tensor: Tensor) -> Tensor:
@@ -150,3 +164,24 @@ def _load(source: Source) -> Tensors:
             hint="a file of the checkpoint is missing, or the config is another model's",
         )
     return TensorsInMemory(dict(model.named_parameters(remove_duplicate=False)))
+
+
+# ---- writing ------------------------------------------------------------------------------------
+
+
+def write_checkpoint(
+    source: Source, model: PreTrainedModel, changed: Mapping[str, tuple[Tensor, Tensor]], path: Path
+) -> None:
+    """The parameters of `model` (built without weights) from the files of `source`, as one safetensors file
+    in float32; `changed`: by parameter name, the tensor that a module had and the one that takes its place,
+    both in the module's layout. Raises CompileError for a name that is no parameter."""
+    tensors = open_checkpoint(source, model)
+    names = [name for name, _ in model.named_parameters()]
+    foreign = sorted(changed.keys() - set(names))
+    if foreign:
+        raise CompileError("is no parameter of the model", loc=foreign[0], hint="it was made by a pass")
+    found = {name: tensors.read(name).float() for name in names}
+    for name, (before, after) in changed.items():
+        # a module keeps the matrices of GPT-2's Conv1D turned
+        found[name] = after if torch.equal(before, found[name]) else after.t()
+    write_atomically(path, save({n: t.contiguous() for n, t in found.items()}, {"format": "pt"}))

@@ -1,0 +1,226 @@
+"""DSA-QAT: a controller moves bits between layers while they train ("Quantization Aware Training Techniques
+for Efficient Transformer-Driven Large Language Models", Tummuri, section III).
+
+Every block weight is fake-quantized in a format of its own, tables in one that stays; norms and biases learn
+in f32. What linears of blocks read is rounded, too, if `activations` says so.
+"""
+
+from collections.abc import Mapping, Set
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from gammac.formats import Format, Quantized, load_float
+from gammac.ir import Module, WeightRef
+from gammac.passes.candidates import Candidates
+from gammac.passes.finetune.student import READ_BY
+from gammac.passes.quantize_activations import ActivationFormat, parse_activations
+from gammac.passes.training.analyser import Analyser
+from gammac.passes.training.controller import Controller
+from gammac.passes.training.fake_quantize import HeldGrid, round_activations
+from gammac.passes.training.graph import TrainingGraph, block_weight
+from gammac.passes.training.losses import quantization_aware_loss, relative_noise
+from gammac.passes.training.options import AS_WEIGHTS, DsaQatOptions
+from gammac.passes.training.tasks import TaskLoss, next_token
+from gammac.passes.training.trainer import Data, Row
+from gammac.pipeline import Context
+
+# of a range, for activations with one step: it is an exponential mean of batches' largest magnitudes
+RANGE_KEEP: Final = 0.9
+
+
+class DsaQat:
+    """The method for a trainer: latents, the formats that they have at the moment, and the controller.
+
+    `stored` names the weights that a checkpoint holds: a norm that a pass computed stays as it is.
+    `compiler`: whether formats that need a C++ compiler can be had.
+    """
+
+    name = "dsa-qat"
+
+    def __init__(
+        self, module: Module, ctx: Context, options: DsaQatOptions, task: TaskLoss = next_token,
+        compiler: bool = True, stored: Set[str] | None = None,
+    ) -> None:  # fmt: skip
+        self.module, self.options, self.task = module, options, task
+        self.graph = TrainingGraph(module)
+        vectors = _vectors(module) if stored is None else _vectors(module) & stored
+        trained = [n for n, w in module.weights.items() if "role" in w.attrs or n in vectors]
+        floats = {n: load_float(w, ctx.store).clone() for n, w in module.weights.items()}
+        self.latents = {n: floats.pop(n).requires_grad_() for n in trained}
+        self.fixed = floats
+        offered = _offered(module, ctx, options, compiler)
+        self.grids = {n: HeldGrid(fs[-1], options.clip) for n, fs in offered.items()}
+        blocks = {n: fs for n, fs in offered.items() if module.weights[n].attrs["role"] == "block"}
+        self.controller = Controller(module, ctx, options, blocks)
+        self.analyser = Analyser(self.graph, self._latent, bool(options.activations))
+        self.readers = _first_readers(module)
+        self.ranges: dict[str, float] = {}
+        self.noises: list[Tensor] = []
+
+    # ---- forwards -------------------------------------------------------------------------------
+
+    def parameters(self) -> Mapping[str, Tensor]:
+        """Latents of tables, blocks, norms and biases."""
+        return self.latents
+
+    def _latent(self, name: str) -> Tensor:
+        return self.latents[name] if name in self.latents else self.fixed[name]
+
+    def loss(self, batch: Data, step: int) -> tuple[Tensor, Row]:
+        """The quantization-aware loss of a batch, in nats a predicted position."""
+        self.noises = []
+        used = {n: grid(self.latents[n]) for n, grid in self.grids.items()}
+        outputs = self.graph.run(
+            batch.tokens, lambda n: used[n] if n in used else self._latent(n), self._read
+        )
+        if not self.options.activations and self.options.gamma:
+            self.noises = [relative_noise(self.latents[n], used[n]) for n in self.controller.names]
+        task = self.task(outputs, batch)
+        noise = float(sum(float(x.detach()) for x in self.noises)) / max(1, len(self.noises))
+        total = quantization_aware_loss(task, self.noises, self.options.gamma)
+        return total, {"task": float(task.detach()), "noise": noise}
+
+    def _read(self, name: str, values: Tensor) -> Tensor:
+        """What the linears of weight `name`, the first of those that read the values, get to read."""
+        format_ = self.activation(name)
+        if format_ is None:
+            return values
+        if format_.static and torch.is_grad_enabled():
+            largest = float(values.detach().abs().max())
+            before = self.ranges.get(name, largest)
+            self.ranges[name] = RANGE_KEEP * before + (1 - RANGE_KEEP) * largest
+        rounded = round_activations(values, format_.bits, self.step_of(name))
+        if torch.is_grad_enabled() and self.options.gamma:
+            self.noises.append(relative_noise(values, rounded))
+        return rounded
+
+    def activation(self, name: str) -> ActivationFormat | None:
+        """How the input of a weight is rounded; as wide as the widest weight that reads it, if so asked."""
+        if not self.options.activations:
+            return None
+        if self.options.activations != AS_WEIGHTS:
+            return parse_activations(self.options.activations)
+        widest = max(self.grids[n].format.bits for n, first in self.readers.items() if first == name)
+        return ActivationFormat(int(min(8, max(2, widest))), static=False)
+
+    def step_of(self, name: str) -> float | None:
+        """The step of a static activation, as the artifact will have it; None: each token has its own."""
+        format_ = self.activation(name)
+        if format_ is None or not format_.static:
+            return None
+        return float(f"{max(self.ranges[name], 1e-5) / (2 ** (format_.bits - 1) - 1):.6g}")
+
+    def evaluate(self, data: Data, quantized: bool = True, batch: int = 8) -> float:
+        """The mean task loss over data, in nats, without a gradient."""
+        total = 0.0
+        with torch.no_grad():
+            used = (
+                {n: g.quantized(self.latents[n]).dequantize() for n, g in self.grids.items()}
+                if quantized
+                else {}
+            )
+            for start in range(0, len(data), batch):
+                part = data.take(slice(start, start + batch))
+                outputs = self.graph.run(
+                    part.tokens, lambda n: used.get(n, self._latent(n)), self._read if quantized else None
+                )
+                total += float(self.task(outputs, part)) * len(part)
+        return total / len(data)
+
+    # ---- the controller -------------------------------------------------------------------------
+
+    def begin(self, batch: Data) -> None:
+        """Analyse the untrained model on a batch and allocate."""
+        self.controller.observe(self.analyser.gradients(batch, self.task))
+        self._look(batch, first=True)
+
+    def after(self, gradients: Mapping[str, Tensor], batch: Data, step: int, steps: int, loss: float) -> Row:
+        """Smooth the gradients' variances; every so many steps look again, unless it is too late."""
+        self.controller.observe(gradients)
+        self.controller.follow(loss)
+        looks, changed = (step + 1) % self.options.every == 0, 0
+        if looks:
+            frozen = step + 1 >= steps * (1 - self.options.freeze)
+            changed = self._look(batch, first=False, frozen=frozen)
+        said: Row = {
+            "average_bits": self.controller.average_bits(), "lambda": self.controller.trade_off,
+            "changed": changed,
+        }  # fmt: skip
+        bits = {n: format_.bits for n, format_ in self.controller.formats().items()}
+        return said | ({"bits": bits} if looks or step == 0 else {})
+
+    def _look(self, batch: Data, *, first: bool, frozen: bool = False) -> int:
+        """Choose scales anew, and widths where they may still change; how many layers changed."""
+        changed = 0
+        if not frozen:
+            errors, distortions = self.analyser.look(batch)
+            weights = {n: self.latents[n].detach() for n in self.controller.names}
+            changed = self.controller.decide(weights, errors, distortions, first=first)
+        for name, format_ in self.controller.formats().items():
+            self.grids[name].format = format_
+        for name, grid in self.grids.items():
+            grid.refresh(self.latents[name])
+        return changed
+
+    # ---- state and result -----------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Scales that are held."""
+        return {f"{part}/{n}": t for n, grid in self.grids.items() for part, t in grid.tensors().items()}
+
+    def facts(self) -> dict[str, Any]:
+        """Formats, ranges of activations, and what the controller remembers."""
+        return {"ranges": self.ranges, "controller": self.controller.facts()}
+
+    def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """The inverse of `tensors` and `facts`."""
+        self.ranges = {n: float(v) for n, v in facts["ranges"].items()}
+        self.controller.restore(facts["controller"])
+        for name, format_ in self.controller.formats().items():
+            self.grids[name].format = format_
+        for name, grid in self.grids.items():
+            grid.restore({p: tensors[f"{p}/{name}"] for p in ("scales", "zeros") if f"{p}/{name}" in tensors})
+
+    def quantized(self) -> dict[str, Quantized]:
+        """Each weight with a role as it is to be stored."""
+        return {n: grid.quantized(self.latents[n]) for n, grid in self.grids.items()}
+
+    def floats(self) -> dict[str, Tensor]:
+        """What was trained and stays f32: norms and biases."""
+        return {n: t.detach() for n, t in self.latents.items() if n not in self.grids}
+
+    def activations(self) -> dict[str, dict[str, Any]]:
+        """By weight name, how what it reads is rounded: bits, and the scale where there is one."""
+        found: dict[str, dict[str, Any]] = {}
+        for name, first in self.readers.items():
+            format_, step = self.activation(first), self.step_of(first)
+            if format_ is not None:
+                found[name] = {"bits": format_.bits, **({} if step is None else {"scale": step})}
+        return found
+
+
+def _offered(
+    module: Module, ctx: Context, options: DsaQatOptions, compiler: bool
+) -> dict[str, tuple[Format, ...]]:
+    """By weight name the formats that it may get, narrow ones first, fitted to its width and the target."""
+    fitting = Candidates(options.formats, options.table, compiler=compiler)
+    found = {n: fitting.formats_for(w, ctx) for n, w in module.weights.items() if "role" in w.attrs}
+    return {n: tuple(sorted(formats)) for n, formats in found.items()}
+
+
+def _vectors(module: Module) -> set[str]:
+    """Norms' gains and biases."""
+    refs = (o for op in module.functions["forward"].ops if op.name in READ_BY for o in op.operands)
+    names = {ref.name for ref in refs if isinstance(ref, WeightRef)}
+    return {n for n in names if module.weights[n].type.rank == 1}
+
+
+def _first_readers(module: Module) -> dict[str, str]:
+    """By block weight name, the weight of the first linear that reads the same value."""
+    first: dict[object, str] = {}
+    names = (
+        (block_weight(op, module), op.operands[0]) for op in module.functions["forward"].ops if op.operands
+    )
+    return {name: first.setdefault(value, name) for name, value in names if name}

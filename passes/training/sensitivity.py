@@ -1,0 +1,58 @@
+"""How much a layer suffers from quantization while it trains: DSA-QAT, "Sensitivity Analysis Module".
+
+S_l = α · Var(∇W_l) + β · E|A_l − Q(A_l)|, and the distortion of attention scores, for which the paper has
+no formula. Gradient variances are near 1e-8 and activation errors near 1e-2, so each term is divided by its
+mean over the layers before they are added: as printed, the first would never count.
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+PROBE_BITS = 4  # activation errors are compared at one width, whatever a layer has at the moment
+
+
+def gradient_variance(gradient: Tensor) -> float:
+    """Var(∇W_l) over the elements of a weight's gradient."""
+    return float(gradient.var(unbiased=False))
+
+
+def activation_error(values: Tensor, quantized: Tensor) -> float:
+    """E|A_l − Q(A_l)|, in units of the activations."""
+    return float((values - quantized).abs().mean())
+
+
+def attention_distortion(scores: Tensor, quantized: Tensor) -> float:
+    """Mean KL(p ‖ q) in nats over queries: p and q are rows of attention probabilities [..., keys] of the
+    full-precision and of the quantized layer. Our reading of "attention score distortion"."""
+    p, q = scores.clamp(min=1e-30), quantized.clamp(min=1e-30)
+    return float((p * (p.log() - q.log())).sum(-1).mean())
+
+
+def sensitivity(variance: float, error: float, alpha: float = 0.5, beta: float = 0.5) -> float:
+    """S_l = α · Var(∇W_l) + β · E|A_l − Q(A_l)|."""
+    return alpha * variance + beta * error
+
+
+def standardised(values: Mapping[str, float]) -> dict[str, float]:
+    """The values over their mean; zeros where all of them are zero."""
+    mean = sum(values.values()) / max(1, len(values))
+    return {name: value / mean if mean > 0 else 0.0 for name, value in values.items()}
+
+
+def sensitivities(
+    variances: Mapping[str, float],
+    errors: Mapping[str, float],
+    distortions: Mapping[str, float],
+    alpha: float,
+    beta: float,
+    kappa: float,
+) -> dict[str, float]:
+    """S by layer, each term over its mean; `distortions` only of layers whose output meets a softmax."""
+    v, e, d = standardised(variances), standardised(errors), standardised(distortions)
+    return {n: sensitivity(v[n], e[n], alpha, beta) + kappa * d.get(n, 0.0) for n in v}
+
+
+def smoothed(before: Mapping[str, float], now: Mapping[str, float], keep: float) -> dict[str, float]:
+    """keep · before + (1 − keep) · now by name; `now` where there is nothing before."""
+    return {n: keep * before.get(n, value) + (1 - keep) * value for n, value in now.items()}

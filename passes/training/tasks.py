@@ -1,0 +1,16 @@
+"""What a model is trained to do."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from gammac.calibration import next_token_loss
+from gammac.passes.training.trainer import Data
+
+# a model's first result and the batch that it saw, to a scalar, in nats
+TaskLoss = Callable[[Tensor, Data], Tensor]
+
+
+def next_token(logits: Tensor, batch: Data) -> Tensor:
+    """Mean cross entropy of each next token; logits f32 [batch, seq, vocab]."""
+    return next_token_loss(logits, batch.tokens) / batch.tokens[:, 1:].numel()
