@@ -10,12 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gammac.formats import INTEGER, NORMAL_FLOAT, Format, IntegerFormat, NormalFloat, Quantized, spread
+from gammac.formats import (
+    DOUBLE_NORMAL_FLOAT,
+    INTEGER,
+    NORMAL_FLOAT,
+    Format,
+    IntegerFormat,
+    NormalFloat,
+    Quantized,
+    spread,
+)
 from gammac.ir.interpret import SMALLEST_MAGNITUDE
 from gammac.passes.quantizers import Nf
 from gammac.passes.quantizers.grid import Grid, choose_grid, round_to_grid
 
-TRAINABLE = (INTEGER, NORMAL_FLOAT)  # kinds of formats that are cheap enough to round to at every step
+TRAINABLE = (
+    INTEGER,
+    NORMAL_FLOAT,
+    DOUBLE_NORMAL_FLOAT,
+)  # kinds of formats that are cheap enough to round to at every step
 
 
 def step_size(values: Tensor, bits: int, dim: int | None = None) -> Tensor:
