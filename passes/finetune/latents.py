@@ -86,8 +86,8 @@ class DualLatents:
     """The real numbers behind the codes of two binary planes [rows, columns], which count the four levels
     of a group upwards, and behind α₁ and α₂ [rows, groups, 2]."""
 
-    # scales that were fitted to the codes leave less to gain: `tiny` comes to KL 0.0040, and to 0.0054 at 1, on the
-    # text that results.md reports; not confirmed on another
+    # scales that were fitted to the codes leave less to gain: `tiny` comes to KL 0.0040, and to 0.0054 at 1,
+    # on the text that results.md reports; not confirmed on another
     pace: ClassVar[float] = 0.3
 
     def __init__(self, weight: Tensor, start: Quantized) -> None:
