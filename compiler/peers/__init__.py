@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from gammac import __version__
 from gammac.diagnostics import CompileError
 from gammac.driver import resolve
 from gammac.frontend.source import Source
@@ -99,10 +100,12 @@ def _built(runtime: str, type_: str, model: str | None, cache: Path) -> Contesta
 
 
 def _key(source: Source, recipe: Recipe) -> str:
-    """What a built model depends on: the source's files as they are now, and the packages."""
+    """What a built model depends on: the source's files as they are now, gammac and the packages."""
     files = sorted(p for p in source.folder.iterdir() if p.is_file())
     stamps = [f"{p.resolve()} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files]
-    return hashlib.sha256("\n".join([*stamps, *_versions(recipe.packages)]).encode()).hexdigest()[:12]
+    return hashlib.sha256(
+        "\n".join([__version__, *stamps, *_versions(recipe.packages)]).encode()
+    ).hexdigest()[:12]
 
 
 def _versions(packages: Sequence[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """The CPU: vectors of 16 lanes, threads over panels of rows, an instruction set that LLVM is told."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeGuard
+from typing import Any, TypeGuard
 
 from gammac.formats import Format, Quantized
 from gammac.targets.tvm.kernels import (
@@ -30,7 +30,6 @@ class CpuDevice:
 
     isa: Isa
     integer: bool
-    stacks: ClassVar[bool] = True
 
     elementwise = staticmethod(elementwise)
     rms_norm = staticmethod(norms.rms_norm)

@@ -4,6 +4,7 @@ Tensors are [rows, width] in f32; `rows` is a number, or None for as many as the
 kernel takes and writes is told where the CPU's stands, in `tir/` and `kernels/`.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol, TypeGuard
 
 from gammac.formats import Format, Quantized
@@ -19,11 +20,6 @@ class Device(Protocol):
     @property
     def integer(self) -> bool:
         """Whether products with packed weights take int8."""
-        ...
-
-    @property
-    def stacks(self) -> bool:
-        """Whether `stacked` is there."""
         ...
 
     def takes(self, format_: Format) -> TypeGuard[Packable]:
@@ -95,10 +91,10 @@ class Device(Protocol):
         """activation(x @ gate.T) * (x @ up.T)"""
         ...
 
-    def stacked(
-        self, rows: int | None, formats: tuple[Packable, ...], outputs: tuple[int, ...], inputs: int
-    ) -> Any:
-        """x by several weights, one below the other."""
+    @property
+    def stacked(self) -> Callable[[int | None, tuple[Packable, ...], tuple[int, ...], int], Any] | None:
+        """x by several weights, one below the other (rows, formats, outputs of each, inputs); None where
+        there is no such kernel."""
         ...
 
     def float_linear(self, rows: int | None, outputs: int, inputs: int, bias: bool) -> Any:

@@ -137,7 +137,8 @@ def _join(at: Lowering, gate: Product, up: Product) -> bool:
 
 def stacked(at: Lowering, operands: Sequence[Operand]) -> Tensor | None:
     """Products that nothing else reads, in one kernel and side by side; None for what is otherwise."""
-    if not at.device.stacks:
+    make = at.device.stacked
+    if make is None:
         return None
     nodes = [at.values.get(o) if isinstance(o, Value) and at.alone(o) else None for o in operands]
     parts = [node for node in nodes if isinstance(node, Product) and node.pending and not node.bias]
@@ -152,7 +153,7 @@ def stacked(at: Lowering, operands: Sequence[Operand]) -> Tensor | None:
     weights = [array for part in parts for array in _packed(at, part.weight)]
     var = at.f.call(
         f"stacked{'' if first.x.rows == 1 else '_many'}", (first.x.rows, formats, rows, layouts[0].columns),
-        lambda: at.device.stacked(first.x.rows, formats, rows, layouts[0].columns),
+        lambda: make(first.x.rows, formats, rows, layouts[0].columns),
         [*inputs, *weights], at.f.type_of(first.x.rows, sum(rows)),
     )  # fmt: skip
     return Tensor(var, first.x.rows, sum(rows))

@@ -16,7 +16,7 @@ class CudaDevice:
     gives, and `grid` for how the two are one."""
 
     integer = False
-    stacks = False
+    stacked = None
 
     def __init__(self, *, gpu: bool) -> None:
         def made(make: Callable[..., Any]) -> partial[Any]:
@@ -34,12 +34,6 @@ class CudaDevice:
     def takes(self, format_: Format) -> TypeGuard[Packable]:
         """See `Device`."""
         return isinstance(format_, IntegerFormat)
-
-    def stacked(
-        self, rows: int | None, formats: tuple[Packable, ...], outputs: tuple[int, ...], inputs: int
-    ) -> Any:
-        """See `Device`."""
-        raise NotImplementedError
 
     def linear(
         self, rows: int | None, format_: Packable, outputs: int, inputs: int, bias: bool, residual: bool
