@@ -218,6 +218,12 @@ class Sums:
             write_panel(panel, self.rows, lanes)
 
 
+def over(count: int, layouts: list[Layout]) -> Any:
+    """A loop over parts of `layouts` for one token, shared out between threads where it is worth it."""
+    small = sum(layout.panels * layout.panel_bytes for layout in layouts) < _SHARED_OUT
+    return T.serial(0, count) if small else T.parallel(0, count)
+
+
 def over_tiles(job: Job, layouts: list[Layout], size: Expr, body: Callable[[Expr, list[Expr]], None]) -> None:
     """`body(tile of panels, tokens)`: tokens in portions whose inputs stay in cache, then panels, then tiles.
 
@@ -225,8 +231,7 @@ def over_tiles(job: Job, layouts: list[Layout], size: Expr, body: Callable[[Expr
     """
     many = sum(job.tiles(layout) for layout in layouts)
     if job.tokens == 1:
-        small = sum(layout.panels * layout.panel_bytes for layout in layouts) < _SHARED_OUT
-        with T.serial(0, many) if small else T.parallel(0, many) as index:
+        with over(many, layouts) as index:
             body(index, [0])
         return
     tokens = job.tile[1]
