@@ -3,7 +3,9 @@
 Nothing in it is read or copied at load: the file is mapped, and a kernel's first touch brings a page in.
 """
 
+import mmap
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -78,10 +80,22 @@ class MappedParams:
 
     def arrays(self) -> Iterator[Array]:
         """In the order of the index. Raises ValueError for an entry that the file is too short for."""
-        # private: the interface to other libraries has no word for read-only
-        mapped = np.memmap(self.path, np.uint8, "c")
+        mapped = np.frombuffer(_mapped(self.path), np.uint8)
         for entry in self.entries:
             end = entry.offset + entry.nbytes
             if entry.offset % ALIGNMENT or end > len(mapped):
                 raise ValueError(f"{entry.name} is not within {self.path.name}")
             yield mapped[entry.offset : end].view(entry.dtype).reshape(entry.shape)
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    """A file in memory, in large pages where the system has them: a token reads all of it, in small pages up
+    to a sixth slower. Raises OSError, or ValueError for an empty file."""
+    with path.open("rb") as file:
+        # private: the interface to other libraries has no word for read-only
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    # a system may know the word and not do it
+    with suppress(OSError):
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            mapped.madvise(mmap.MADV_HUGEPAGE)
+    return mapped

@@ -25,6 +25,7 @@ _SHUFFLES: Final = {
     "vnni256": ("llvm.x86.avx2.pshuf.b", 32),
     "maddubs": ("llvm.x86.avx2.pshuf.b", 32),
     "sdot": ("llvm.aarch64.neon.tbl1.v16i8", 16),
+    "usdot": ("llvm.aarch64.neon.tbl1.v16i8", 16),
 }
 
 

@@ -143,6 +143,9 @@ void Model::map_params(const std::string& path, const ffi::Array<ffi::Any>& entr
   char* start = static_cast<char*>(mmap(nullptr, size, PROT_READ, MAP_SHARED, file, 0));
   close(file);
   if (start == MAP_FAILED) throw Refusal{path + " can't be mapped"};
+#ifdef MADV_HUGEPAGE
+  madvise(start, size, MADV_HUGEPAGE);  // as params.py does; a system without large pages refuses, which is fine
+#endif
   for (const ffi::Any& entry : entries) {
     const Object fields(entry, "a parameter");
     const std::vector<int64_t> shape = sizes_of(fields.get<ffi::json::Array>("shape"));
