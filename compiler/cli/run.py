@@ -27,10 +27,12 @@ THREADS: Final = click.option("--threads", type=click.IntRange(1), help="Default
 def run(artifact: Path, prompt: str, chat: bool | None, threads: int | None, **sampling: Any) -> None:
     """Generate text from an artifact."""
     from gammac.runtime.generate import end_tokens, generate, load_tokenizer
+    from gammac.runtime.imports import without_torch
     from gammac.runtime.session import open_session
 
     session = open_session(artifact, threads)
-    tokenizer = load_tokenizer(artifact)
+    with without_torch():
+        tokenizer = load_tokenizer(artifact)
     ends = end_tokens(artifact, tokenizer)
     for piece in generate(session, tokenizer, prompt, chat=chat, ends=ends, **sampling):
         click.echo(piece, nl=False)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from transformers import AutoTokenizer
 
 from gammac.diagnostics import CompileError
 from gammac.runtime.session import Logits, Session, Tokens
@@ -19,6 +18,8 @@ REPLACEMENT: Final = "�"
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in a folder, never from a network. Raises CompileError when there is none."""
+    from transformers import AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:

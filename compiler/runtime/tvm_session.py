@@ -9,8 +9,7 @@ import importlib.util
 import os
 import platform
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from math import prod
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 
 from gammac.diagnostics import CompileError
 from gammac.processor import host_flags
+from gammac.runtime.imports import without_torch
 from gammac.runtime.session import Logits, Tokens, check_room, default_threads
 from gammac.runtime.tvm_cuda import GpuMemory, lacking_gpu
 from gammac.runtime.tvm_memory import HostMemory, zeros
@@ -179,19 +179,6 @@ def lacking(isa: str, machine: str, cpu_flags: Sequence[str]) -> str:
 # ---- loading ------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _without_torch() -> Iterator[None]:
-    """tvm_ffi imports torch if it can, which takes seconds; a session has no use for it."""
-    if "torch" in sys.modules:
-        yield
-        return
-    sys.modules["torch"] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules["torch"]
-
-
 def _runtime(threads: int, spinning: bool) -> Any:
     """tvm_ffi, with TVM's runtime loaded and its threads counted."""
     cores = os.cpu_count() or 1
@@ -200,7 +187,7 @@ def _runtime(threads: int, spinning: bool) -> Any:
     os.environ.setdefault("TVM_BIND_THREADS", "0")
     if not spinning:
         os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "0")
-    with _without_torch():
+    with without_torch():
         import tvm_ffi
     if tvm_ffi.get_global_func("runtime.config_threadpool", allow_missing=True) is None:
         place = importlib.util.find_spec("tvm")
