@@ -16,7 +16,7 @@ from gammac.passes.raise_patterns import RaisePatterns
 from gammac.pipeline import Context, Pipeline
 from gammac.targets.onnx.any_bits import find_compiler
 from gammac.targets.onnx.library import library_builder
-from gammac.targets.target import Target
+from gammac.targets.target import HOST, Target
 from gammac.targets.tvm.names import ACTIVATIONS, FLOAT, INSTALL, INT8
 from gammac.weights import WeightStore
 
@@ -208,6 +208,14 @@ def backend_of(target: Target, cache: Path, *, portable: bool = False, product_i
         raise CompileError(f"product inputs are {' or '.join(ACTIVATIONS)}, not {product_inputs!r}")
     if target.emitter == "tvm":
         return _tvm(target, portable, product_inputs)
+    return _onnx(target, cache, portable, product_inputs)
+
+
+def _onnx(target: Target, cache: Path, portable: bool, product_inputs: str) -> OnnxBackend:
+    if target.provider != HOST:
+        if product_inputs == INT8:
+            raise CompileError("CUDA's operators multiply floats", hint="leave --product-inputs out")
+        return OnnxBackend(target, True, cache, FLOAT)
     if product_inputs == FLOAT:
         raise CompileError(
             "ONNX Runtime's kernels for few bits round activations to 8 bits",

@@ -20,6 +20,8 @@ from gammac.processor import host_flags
 BLOCK: Final = "block"
 TABLE: Final = "table"
 HOST: Final = "cpu"
+CUDA: Final = "cuda"
+PROVIDERS: Final = (HOST, CUDA)
 # what a short name stands for, besides `cpu`, which is this machine
 ALIASES: Final[Mapping[str, str]] = {"cuda": "cuda-sm80", "edge": "edge-aarch64-rpi5"}
 ANY: Final = "any"  # kind of formats of a kernel that runs them all, whatever its bits and groups
@@ -124,6 +126,7 @@ class Target:
     cpu: str = ""  # the core that code is for, as LLVM spells it, and what it has beyond that: "+dotprod"
     features: tuple[str, ...] = ()
     ghz: float = 0.0
+    provider: str = "cpu"  # of ONNX Runtime's operators: PROVIDERS
     tie: bool = False  # linears that read the same value get one format, so that they fuse
     refusal: str = ""  # why nothing can be compiled for it
     last_logits: bool = False  # a prefill's logits are those of its last token alone
@@ -243,6 +246,8 @@ def parse_target(text: str, where: str = "<target>", backend: str | None = None)
     rows = {"kernels": kernels, "measured": measured, "analysed": analysed}
     target = _record(Target, {**table, **rows, "digest": digest}, where)
     assert isinstance(target, Target)
+    if target.provider not in PROVIDERS:
+        raise CompileError(f"{where}: provider is {' or '.join(PROVIDERS)}, not {target.provider!r}")
     if "default" not in target.overhead_us:
         raise CompileError(f"{where}: overhead_us lacks default")
     if target.energy and set(target.energy) != set(ENERGY):

@@ -14,6 +14,8 @@ import onnxruntime as ort  # type: ignore[import-untyped]
 
 PAST: Final = "past_key_values."
 PRESENT: Final = "present."
+CPU_PROVIDER: Final = "CPUExecutionProvider"
+CUDA_PROVIDER: Final = "CUDAExecutionProvider"
 NUMPY_TYPES: Final = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -46,6 +48,11 @@ def cache_inputs(session: ort.InferenceSession, head_size: int) -> list[CacheInp
     ]
 
 
+def device_of(session: ort.InferenceSession) -> tuple[str, int]:
+    """Where its first provider keeps what it works on, as OrtValue spells it."""
+    return ("cuda" if session.get_providers()[0] == CUDA_PROVIDER else "cpu", 0)
+
+
 class Cache(Protocol):
     """Where a decoder keeps keys and values of the `length` tokens it has read, at most `capacity`."""
 
@@ -69,7 +76,7 @@ class SharedCache:
         self.capacity = capacity
         self._binding = session.io_binding()
         for value in past:
-            buffer = ort.OrtValue.ortvalue_from_numpy(value.zeros(1, capacity))
+            buffer = ort.OrtValue.ortvalue_from_numpy(value.zeros(1, capacity), *device_of(session))
             self._binding.bind_ortvalue_input(value.name, buffer)
             self._binding.bind_ortvalue_output(value.output, buffer)
 

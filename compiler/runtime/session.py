@@ -19,7 +19,16 @@ from onnxruntime.capi import onnxruntime_pybind11_state as errors  # type: ignor
 
 from gammac.diagnostics import CompileError
 from gammac.runtime.artifact import MANIFEST, MODEL, Artifact, open_artifact
-from gammac.runtime.cache import NUMPY_TYPES, Cache, GrowingCache, SharedCache, cache_inputs
+from gammac.runtime.cache import (
+    CPU_PROVIDER,
+    CUDA_PROVIDER,
+    NUMPY_TYPES,
+    Cache,
+    GrowingCache,
+    SharedCache,
+    cache_inputs,
+)
+from gammac.targets.target import CUDA, HOST
 
 Tokens = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
@@ -111,6 +120,9 @@ class OnnxModel:
     """Whether past and present may be one buffer, as GroupQueryAttention allows."""
 
     library: Path | None = None
+    provider: str = HOST
+    """What its operators are chosen for: cpu, or cuda, which this machine may lack."""
+
     head_size: int = 0
     """Features of a head of the cache, for graphs that leave it open."""
 
@@ -120,7 +132,15 @@ def model_of_artifact(artifact: Artifact) -> OnnxModel:
     manifest = artifact.manifest
     config = _genai_config(artifact.folder) if GENAI_CONFIG in manifest.files else {}
     shares = bool(config.get("search", {}).get("past_present_share_buffer", False))
-    return OnnxModel(artifact.path(MODEL), manifest.kind, manifest.context, shares, artifact.library)
+    provider = _provider(config) if config else HOST
+    return OnnxModel(
+        artifact.path(MODEL), manifest.kind, manifest.context, shares, artifact.library, provider
+    )
+
+
+def _provider(config: dict[str, Any]) -> str:
+    options = config["model"]["decoder"]["session_options"]["provider_options"]
+    return next((name for option in options for name in option), HOST)
 
 
 def model_of_genai_folder(folder: Path) -> OnnxModel:
@@ -264,6 +284,13 @@ class OnnxSession:
         return {n: np.ascontiguousarray(make(), np.int64) for n, make in made.items() if n in self._inputs}
 
 
+def providers_for(wanted: str) -> list[str]:
+    """ONNX Runtime's names of what runs a graph, first the one wanted. What there is none of here, the
+    processor runs, in the same precision."""
+    names = [CUDA_PROVIDER] if wanted == CUDA and CUDA_PROVIDER in ort.get_available_providers() else []
+    return [*names, CPU_PROVIDER]
+
+
 def _load(model: OnnxModel, threads: int, spinning: bool) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -273,7 +300,7 @@ def _load(model: OnnxModel, threads: int, spinning: bool) -> ort.InferenceSessio
     try:
         if model.library is not None:
             options.register_custom_ops_library(str(model.library))
-        return ort.InferenceSession(str(model.path), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(str(model.path), options, providers=providers_for(model.provider))
     except LOAD_ERRORS as error:
         raise CompileError(
             f"{model.path.name} can't be loaded: {error}",

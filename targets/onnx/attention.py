@@ -6,7 +6,7 @@ from typing import Final
 import onnx_ir as ir
 
 from gammac.diagnostics import CompileError
-from gammac.ir import Op, WeightRef
+from gammac.ir import Function, Op, Operand, WeightRef
 from gammac.targets.onnx.graph import INT32, MICROSOFT, GraphWriter
 
 FLOAT: Final = ir.DataType.FLOAT
@@ -33,7 +33,10 @@ def positions(g: GraphWriter, mask: ir.Value) -> ir.Value:
 
 
 def lower_gqa(g: GraphWriter, op: Op) -> Sequence[ir.Value]:
-    """com.microsoft::GroupQueryAttention: rotary positions, cache and causal attention in one."""
+    """com.microsoft::GroupQueryAttention: rotary positions, cache and causal attention in one.
+
+    CUDA's takes halves only: there its operands and the cache are f16, and its sums f32 all the same.
+    """
     attrs = op.attrs
     key, value, *rows = (g.operand(o) for o in op.operands[: len(op.operands) - bool(attrs["rotary"])])
     tables = _rotary_tables(g, op) if attrs["rotary"] else ()
@@ -45,11 +48,25 @@ def lower_gqa(g: GraphWriter, op: Op) -> Sequence[ir.Value]:
     total = g.shared("total_sequence_length", "Cast", scalar, to=INT32)
     apart: list[ir.Value | None] = [*rows, None, None]
     window = attrs.get("window", 0)
-    return g.ops(
-        "GroupQueryAttention", *apart[:3], key, value, last, total, *tables, outputs=3, domain=MICROSOFT,
+    made = g.ops(
+        "GroupQueryAttention", *(_half(g, row) for row in apart[:3]), key, value, last, total,
+        *(_half(g, table) for table in tables), outputs=3, domain=MICROSOFT,
         num_heads=attrs["heads"], kv_num_heads=attrs["kv_heads"], scale=attrs["scale"],
         do_rotary=1 if tables else None, softcap=attrs.get("softcap"), local_window_size=window or None,
     )  # fmt: skip
+    return (g.op("Cast", made[0], to=FLOAT), *made[1:]) if g.on_gpu else made
+
+
+def caches_in_halves(function: Function) -> set[Operand]:
+    """The values that CUDA's GroupQueryAttention keeps in f16."""
+    found = [op for op in function.ops if op.name == "gqa"]
+    return {value for op in found for value in (*op.operands[:2], *op.results[1:])}
+
+
+def _half(g: GraphWriter, value: ir.Value | None) -> ir.Value | None:
+    if value is None or not g.on_gpu:
+        return value
+    return g.shared(f"{value.name} as f16", "Cast", value, to=ir.DataType.FLOAT16)
 
 
 def _rotary_tables(g: GraphWriter, op: Op) -> tuple[ir.Value, ir.Value]:

@@ -14,11 +14,11 @@ import onnx_ir as ir
 from gammac.diagnostics import CompileError, Diagnostic
 from gammac.ir import Function, Module, Operand, Sym, TensorType, WeightRef
 from gammac.targets.onnx.any_bits import OP_ZEROS, build_library, find_compiler, function_proto
-from gammac.targets.onnx.attention import MASK, positions, set_decoder_sizes
+from gammac.targets.onnx.attention import MASK, caches_in_halves, positions, set_decoder_sizes
 from gammac.targets.onnx.genai import write_genai_config
 from gammac.targets.onnx.graph import DATA_NAME, OPSET, DataFile, GraphWriter
 from gammac.targets.onnx.lowerings import LOWERINGS
-from gammac.targets.target import Target
+from gammac.targets.target import HOST, Target
 from gammac.weights import WeightStore
 
 MODEL_NAME: Final = "model.onnx"
@@ -54,6 +54,7 @@ def emit(
     compiler = compiler and find_compiler() is not None
     with DataFile(folder / DATA_NAME) as data:
         g = GraphWriter(module, store, data, target, compiler)
+        g.halves = caches_in_halves(function) if g.on_gpu else set()
         inputs = _declare_inputs(g, function)
         _lower(g, function)
         outputs = _declare_outputs(g, function)
@@ -66,7 +67,10 @@ def emit(
     library = build(folder) if g.library_ops and compiler else None
     files = [path, data.path, *([library] if library else [])]
     if function.name == "decode":
-        files.append(write_genai_config(module, folder, library=library.name if library else None))
+        name = library.name if library else None
+        files.append(
+            write_genai_config(module, folder, library=name, provider=target.provider if target else HOST)
+        )
     return files
 
 
@@ -111,7 +115,7 @@ def _declare_inputs(g: GraphWriter, function: Function) -> list[ir.Value]:
     decoder = function.name == "decode"
     for param in function.params:
         if param in used and not (decoder and param.name == POSITIONS):
-            g.values[param] = _input(g, outer_name(param.name), param.type)
+            g.values[param] = _input(g, outer_name(param.name), g.type_of(param))
             inputs.append(g.values[param])
     if not decoder:
         _bind_sizes(g, function)
@@ -138,7 +142,7 @@ def _lower(g: GraphWriter, function: Function) -> None:
         g.at = op.loc
         for value, lowered in zip(op.results, LOWERINGS[op.name](g, op), strict=True):
             if lowered.type is None:
-                g.set_type(lowered, value.type)
+                g.set_type(lowered, g.type_of(value))
             g.values[value] = lowered
     g.at = ""
 
@@ -150,7 +154,7 @@ def _declare_outputs(g: GraphWriter, function: Function) -> list[ir.Value]:
         value = g.operand(operand)
         if value in taken or isinstance(operand, WeightRef) or value.is_graph_input():
             value = g.op("Identity", value)
-            g.set_type(value, operand.type)
+            g.set_type(value, g.type_of(operand))
         taken.add(value)
         value.name = outer_name(name)
         outputs.append(value)

@@ -5,19 +5,22 @@ from pathlib import Path
 from typing import Any, Final
 
 from gammac.ir import Function, Module, Value
+from gammac.targets.target import HOST
 
 CONFIG_NAME: Final = "genai_config.json"
 
 
-def write_genai_config(module: Module, folder: Path, *, library: str | None = None) -> Path:
+def write_genai_config(
+    module: Module, folder: Path, *, library: str | None = None, provider: str = HOST
+) -> Path:
     """Write the configuration of a legalized decoder; `library` is the operator library beside the model."""
     path = folder / CONFIG_NAME
-    text = json.dumps(genai_config(module, library), indent=2)
+    text = json.dumps(genai_config(module, library, provider), indent=2)
     path.write_text(text + "\n", encoding="utf-8")
     return path
 
 
-def genai_config(module: Module, library: str | None = None) -> dict[str, Any]:
+def genai_config(module: Module, library: str | None = None, provider: str = HOST) -> dict[str, Any]:
     """The configuration as a dictionary, taken from the module's types and attributes."""
     attrs, eos = module.attrs, module.attrs.get("eos", ())
     context = attrs.get("max_positions", 0)
@@ -30,7 +33,7 @@ def genai_config(module: Module, library: str | None = None) -> dict[str, Any]:
         "pad_token_id": attrs.get("pad", first_end),
         "context_length": context,
         "vocab_size": attrs.get("vocab_size", 0),
-        "decoder": _decoder(module.functions["decode"], library),
+        "decoder": _decoder(module.functions["decode"], library, provider),
     }
     search = {
         "do_sample": False,
@@ -46,11 +49,12 @@ def shares_buffers(function: Function) -> bool:
     return not any(op.name in ("attention", "kv_append") for op in function.ops)
 
 
-def _decoder(function: Function, library: str | None) -> dict[str, Any]:
+def _decoder(function: Function, library: str | None, provider: str) -> dict[str, Any]:
     caches = [p for p in function.params if p.name.startswith("past_key.")]
     _, kv_heads, _, dim = caches[0].type.shape
     tables = [op.operands[1].type.shape[1] for op in function.ops if op.name == "embedding"]
-    options: dict[str, Any] = {"log_id": "onnxruntime-genai", "provider_options": []}
+    providers: list[dict[str, Any]] = [] if provider == HOST else [{provider: {}}]
+    options: dict[str, Any] = {"log_id": "onnxruntime-genai", "provider_options": providers}
     if library is not None:
         options["custom_ops_library"] = library
     return {

@@ -1,7 +1,7 @@
 """An ONNX graph under construction: nodes, small constants, and weights that go straight to the data file."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -13,7 +13,7 @@ from onnx_ir.tape import Tape
 
 from gammac.formats import load_float
 from gammac.ir import Dim, Module, Operand, Sym, TensorType, Value, WeightRef
-from gammac.targets.target import Target
+from gammac.targets.target import CUDA, Target
 from gammac.weights import WeightStore
 
 Array = npt.NDArray[Any]
@@ -87,10 +87,16 @@ class GraphWriter:
         self.sizes: dict[str, ir.Value] = {}
         self.by_name: dict[str, ir.Value] = {}
         self.library_ops: set[str] = set()
+        self.halves: set[Operand] = set()  # values that are f16 here, whatever the module says
         self.at = ""
         self._initializers: dict[str, ir.Value] = {}
         self._shared: dict[str, ir.Value] = {}
         self._named: dict[str, int] = {}
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether CUDA's operators run it."""
+        return self.target is not None and self.target.provider == CUDA
 
     # ---- nodes ----
 
@@ -164,6 +170,10 @@ class GraphWriter:
         return self._initializers[name]
 
     # ---- shapes ----
+
+    def type_of(self, operand: Operand) -> TensorType:
+        """The type that a value has in the graph."""
+        return replace(operand.type, dtype="f16") if operand in self.halves else operand.type
 
     def set_type(self, value: ir.Value, type_: TensorType) -> None:
         """Declare the element type and shape of a value."""

@@ -76,7 +76,8 @@ def _packed_product(g: GraphWriter, x: ir.Value, weight: Weight, format_: Intege
         return _any_bits_product(g, x, weight, format_, operands)
     return g.op(
         "MatMulNBits", x, operands[0], in_f32(g, operands[1]), *operands[2:], domain=MICROSOFT,
-        N=rows, K=columns, bits=format_.bits, block_size=format_.group, accuracy_level=ACCURACY_LEVEL,
+        N=rows, K=columns, bits=format_.bits, block_size=format_.group,
+        accuracy_level=None if g.on_gpu else ACCURACY_LEVEL,
     )  # fmt: skip
 
 
