@@ -321,6 +321,15 @@ def slice_(x: TensorType, *, attrs: Attrs) -> Types:
 
 
 @op(dim=int)
+def last(x: TensorType, *, attrs: Attrs) -> Types:
+    """The last element along `dim`, which stays with size one: a slice of a dimension of unknown size."""
+    dim = attrs["dim"]
+    assert isinstance(dim, int)
+    _require(0 <= dim < x.rank, f"{x} has no dimension {dim}")
+    return (x.with_shape(*x.shape[:dim], 1, *x.shape[dim + 1 :]),)
+
+
+@op(dim=int)
 def concat(*xs: TensorType, attrs: Attrs) -> Types:
     """Tensors joined along `dim`."""
     dim = attrs["dim"]
