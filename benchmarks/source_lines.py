@@ -14,7 +14,7 @@ import argparse
 import ast
 import json
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import Final
 
@@ -51,9 +51,9 @@ def english_lines(path: Path) -> Iterator[str]:
 
 
 def cpp_lines(path: Path) -> Iterator[str]:
-    """Lines of a header that are no comments."""
+    """Lines of a header that are neither comments nor part of the preprocessor's."""
     for line in path.read_text(encoding="utf-8", errors="ignore").splitlines():
-        if not line.strip().startswith(("//", "*", "/*")):
+        if not line.strip().startswith(("//", "*", "/*", "#")) and not line.endswith("\\"):
             yield line
 
 
@@ -67,12 +67,13 @@ def files_of(label: str) -> list[Path]:
 READERS: Final = {"c++": cpp_lines, "english": english_lines, "python": python_lines}
 
 
-def rows_of(label: str, files: Sequence[Path], count: int) -> list[dict[str, str]]:
-    """The first `count` lines of a class, no more than A_FILE from one file and none twice."""
+def rows_of(label: str, files: Sequence[Path], count: int, seen: Set[str]) -> list[dict[str, str]]:
+    """The first `count` lines of a class, no more than A_FILE from one file, none twice and none that was
+    seen before."""
     found: dict[str, None] = {}
     for path in files:
-        lines = (line.strip() for line in READERS[label](path))
-        fitting = [line for line in lines if LEAST <= len(line) <= MOST and line not in found]
+        lines = dict.fromkeys(line.strip() for line in READERS[label](path))
+        fitting = [x for x in lines if LEAST <= len(x) <= MOST and x not in found and x not in seen]
         found |= dict.fromkeys(fitting[:: max(1, len(fitting) // A_FILE)][:A_FILE])
     return [{"text": text, "label": label} for text in list(found)[:count]]
 
@@ -81,11 +82,13 @@ def write(folder: Path, rows: int) -> tuple[Path, Path]:
     """train.jsonl with so many rows a class, test.jsonl with a quarter; the classes take turns."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / "train.jsonl", folder / "test.jsonl"
+    seen: set[str] = set()
     for path, test, count in ((paths[0], False, rows), (paths[1], True, rows // 4)):
         classes = []
         for label in READERS:
             files = [f for i, f in enumerate(files_of(label)) if (i % APART == 0) == test]
-            classes.append(rows_of(label, files, count))
+            classes.append(rows_of(label, files, count, seen))
+        seen |= {row["text"] for rows_ in classes for row in rows_}
         turns = (row for turn in zip(*classes, strict=False) for row in turn)
         path.write_text(
             "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in turns), encoding="utf-8"

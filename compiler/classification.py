@@ -22,6 +22,7 @@ from gammac.diagnostics import CompileError
 from gammac.driver import tokenizer_files
 from gammac.files import write_atomically
 from gammac.frontend.export import Source, load_source
+from gammac.frontend.facts import class_names
 from gammac.frontend.source import nonsense_is_an_error, quiet
 from gammac.passes.training.labelled import LabelledData, by_length
 from gammac.runtime.classify import ClassScores, LabelledText, class_scores, encode, indices
@@ -46,7 +47,8 @@ def split_rows(rows: Sequence[LabelledText]) -> Split:
     """Every eighth row of each label apart. Raises CompileError for less than two labels or a label with
     less than two rows."""
     seen: dict[str, int] = {}
-    used, held_out = [], []
+    used: list[LabelledText] = []
+    held_out: list[LabelledText] = []
     for row in rows:
         count = seen[row.label] = seen.get(row.label, 0) + 1
         (held_out if count % APART == 2 else used).append(row)  # the second: each label has a first to use
@@ -65,8 +67,8 @@ def make_classifier(source: Source, labels: Sequence[str], seed: int, cache: Pat
     """
     names = getattr(source.config, "architectures", None) or [""]
     if str(names[0]).endswith(HEAD):
-        found = [str(source.config.id2label[i]) for i in sorted(source.config.id2label)]
-        if found != list(labels):
+        found = class_names(source.config)
+        if found != tuple(labels):
             raise CompileError(
                 f"{source.name} has the classes {', '.join(found)}; the text has {', '.join(labels)}",
                 hint="give the model without its head, or rows with its labels",

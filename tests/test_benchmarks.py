@@ -16,7 +16,7 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bleu_of_continuations_that_were_counted_by_hand() -> None:
-    from bleu import bleu  # type: ignore[import-not-found]
+    from bleu import bleu
 
     assert bleu([[1, 2, 3, 4, 5]], [[1, 2, 3, 4, 5]]) == pytest.approx(1.0)
     assert bleu([[1, 2, 3, 4]], [[5, 6, 7, 8]]) == 0.0
@@ -28,7 +28,7 @@ def test_bleu_of_continuations_that_were_counted_by_hand() -> None:
 
 
 def test_lines_of_the_test_come_from_other_files_and_are_no_comments(tmp_path: Path) -> None:
-    import source_lines  # type: ignore[import-not-found]
+    import source_lines
 
     train, test = source_lines.write(tmp_path, 40)
     rows = [[json.loads(line) for line in path.read_text().splitlines()] for path in (train, test)]

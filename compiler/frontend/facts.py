@@ -1,6 +1,7 @@
 """What a backend, a runtime or an allocator must know of the source model, as module attributes."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -43,7 +44,12 @@ def labels_of(model: PreTrainedModel) -> tuple[str, ...]:
     """The names of a classifier's classes in the order of its logits; none for other models."""
     if not type(model).__name__.endswith("ForSequenceClassification"):
         return ()
-    names: Mapping[int, str] = model.config.id2label or {}
+    return class_names(model.config)
+
+
+def class_names(config: PretrainedConfig) -> tuple[str, ...]:
+    """What a config calls its classes, in the order of the logits."""
+    names: Any = config.id2label or {}
     return tuple(str(names[index]) for index in sorted(names))
 
 

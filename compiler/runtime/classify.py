@@ -99,8 +99,8 @@ def class_scores(predicted: Sequence[int], gold: Sequence[int], classes: int) ->
         recalls.append(recall)
         f1s.append(_share(2 * precision * recall, precision + recall))
     accuracy = sum(p == g for p, g in pairs) / len(pairs)
-    means = (sum(values) / classes for values in (precisions, recalls, f1s))
-    return ClassScores(accuracy, *means, len(pairs))
+    precision, recall, f1 = (sum(values) / classes for values in (precisions, recalls, f1s))
+    return ClassScores(accuracy, precision, recall, f1, len(pairs))
 
 
 def _share(part: float, whole: float) -> float:
