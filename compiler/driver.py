@@ -340,10 +340,18 @@ def manifest_of(plan: Plan, written: Written) -> Manifest:
         not_quantized=dict(not_quantized(module)),
         fallbacks=dict(fallbacks(plan, module)),
         library=written.library,
+        labels=labels_of(module),
         activations=plan.backend.activations,
         code=plan.backend.code,
         tools=tool_versions((*TOOLS, *plan.backend.tools)),
     )
+
+
+def labels_of(module: Module) -> tuple[str, ...]:
+    """The classes of a classifier; none for other modules."""
+    labels = module.attrs.get("labels", ())
+    assert isinstance(labels, tuple)
+    return tuple(map(str, labels))
 
 
 def model_digest(module: Module) -> str:

@@ -8,6 +8,7 @@ from gammac.driver import resolve
 from gammac.frontend.source import Source
 from gammac.progress import Progress
 from gammac.runtime.artifact import is_artifact, open_artifact
+from gammac.runtime.classify import classify, read_rows
 from gammac.runtime.evaluate import compare, compare_outputs, perplexity, window_length, windows_for
 from gammac.runtime.generate import load_tokenizer
 from gammac.runtime.peers import open_predictor
@@ -24,9 +25,13 @@ def evaluate_artifact(
     original = resolve(reference) if reference is not None else None
     tokenizer = load_tokenizer(_tokenizer_folder(folder, original))
     found: dict[str, float | int | str] = {}
+    labels: tuple[str, ...] = ()
     if is_artifact(folder):
-        found["activations"] = open_artifact(folder, verify=False).manifest.activations or "unknown"
-    if text is not None:
+        manifest = open_artifact(folder, verify=False).manifest
+        found["activations"], labels = manifest.activations or "unknown", manifest.labels
+    if labels and text is not None and original is None:
+        found.update(vars(classify(session, tokenizer, read_rows(text), labels, progress)))
+    elif text is not None:
         tokens = windows_for(text, tokenizer, windows, window_length(session))
         if original is not None:
             other = TransformersSession(load_model(original.folder))

@@ -141,7 +141,7 @@ def _shares(sweep: Sweep) -> Figure:
         bottom = [0.0] * len(columns)
         for bits in used:
             share = [row.get(bits, 0) / total for row in found]
-            axes.bar(columns, share, bottom=bottom, color=_colour(bits), label=f"{bits} bits", width=0.8)
+            axes.bar(columns, share, bottom=bottom, color=width_colour(bits), label=f"{bits} bits", width=0.8)
             bottom = [a + b for a, b in zip(bottom, share, strict=True)]
         axes.set_title(strategy)
         axes.tick_params(axis="x", rotation=45)
@@ -161,7 +161,7 @@ def _maps(sweep: Sweep, strategy: str) -> Figure:
     wide, lines = min(PANELS, len(columns)), math.ceil(len(columns) / PANELS)
     figure = _figure(2.2 + wide * (0.8 + 0.09 * len(blocks)), 0.8 + lines * (0.6 + 0.2 * len(projections)))
     panels = figure.subplots(lines, wide, squeeze=False, sharey=True).flat
-    colours = ListedColormap([_colour(bits) for bits in WIDTHS])
+    colours = ListedColormap([width_colour(bits) for bits in WIDTHS])
     norm = BoundaryNorm([bits - 0.5 for bits in (*WIDTHS, 9)], colours.N)
     image = None
     for budget, axes in zip(columns, panels, strict=False):
@@ -200,7 +200,7 @@ def _projection(weight: str) -> str:
     return without_block(weight.partition(".weight")[0])
 
 
-def _colour(bits: float) -> Any:
+def width_colour(bits: float) -> Any:
     """One colour a width, the same in every figure: dark is narrow."""
     return colormaps["viridis"](WIDTHS[max(1, round(bits))])
 

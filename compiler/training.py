@@ -15,6 +15,15 @@ import torch
 
 from gammac.backends import backend_of
 from gammac.cache import key_of
+from gammac.classification import (
+    CLASSIFICATION,
+    Split,
+    make_classifier,
+    scores_of,
+    split_rows,
+    tokenized,
+    write_held_out,
+)
 from gammac.diagnostics import CompileError
 from gammac.driver import TOKENIZER_FILES, resolve
 from gammac.files import write_atomically
@@ -31,17 +40,22 @@ from gammac.passes.quantize_activations import parse_activations
 from gammac.passes.raise_patterns import RaisePatterns
 from gammac.passes.training.dsa_qat import DsaQat
 from gammac.passes.training.efficiency import FULL_BITS, compression_ratio, energy, size_reduction, speed_up
+from gammac.passes.training.labelled import LabelledData
 from gammac.passes.training.options import AS_WEIGHTS, DsaQatOptions
+from gammac.passes.training.tasks import next_token, sequence_class
 from gammac.passes.training.trained import Trained, write_trained
-from gammac.passes.training.trainer import Data, Schedule, Trainer
+from gammac.passes.training.trainer import Batches, Data, Schedule, Trainer
 from gammac.pipeline import Context, Pipeline
 from gammac.progress import Progress, no_progress
+from gammac.runtime.classify import read_rows
 from gammac.runtime.staging import check_writable, staging
 from gammac.targets.cost import module_cost
 from gammac.targets.target import Target, load_target
 from gammac.texts import read_text, token_windows
 from gammac.weights import WeightStore, digest_of
 
+NEXT_TOKEN: Final = "next-token"
+TASKS: Final = (NEXT_TOKEN, CLASSIFICATION)
 APART: Final = 16  # every so manieth window is held out
 HISTORY: Final = "history.csv"
 BITS: Final = "bits.csv"
@@ -49,7 +63,8 @@ BITS: Final = "bits.csv"
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """Everything that decides a trained folder. `text` None: the calibration text that gammac ships."""
+    """Everything that decides a trained folder. `text` None: the calibration text that gammac ships; for
+    classification it is a .jsonl file of labelled texts, of `length` tokens at most in training."""
 
     model: str
     options: DsaQatOptions
@@ -59,6 +74,7 @@ class TrainRequest:
     target: str = "cpu"
     backend: str = ""
     trust_remote_code: bool = False
+    task: str = NEXT_TOKEN
 
 
 @dataclass(frozen=True)
@@ -71,9 +87,10 @@ class Training:
     stored: frozenset[str]  # names of weights as they were captured
     ctx: Context
     compiler: bool
-    used: Data
-    held_out: Data
+    used: Batches
+    held_out: Batches
     checkpoints: Path
+    split: Split | None = None  # labelled rows
 
 
 @dataclass(frozen=True)
@@ -91,28 +108,56 @@ def make_training(request: TrainRequest, cache: Path | None = None) -> Training:
     folder = cache or default_cache()
     compiler = backend_of(target, folder).every_width
     _demand_kernels(request.options, target, compiler)
-    text = read_text(request.text) if request.text else default_calibration_text()
+    split = _split(request)
     source = resolve(request.model, request.trust_remote_code)
+    if split is not None:
+        source = make_classifier(source, split.labels, request.schedule.seed, folder)
     store = WeightStore(folder / "weights")
     module = capture(source, store)
-    if source.tokenizer is None or module.attrs.get("kind") == "encoder":
+    used, held_out = _data(request, source, module, split)
+    ctx, stored = Context(target, store, seed=request.schedule.seed), frozenset(module.weights)
+    module = Pipeline((FoldConstants(), RaisePatterns())).run(module, ctx)
+    read = (part for data in (used, held_out) for part in data.parts(len(data)))
+    tokens = {str(i): torch.cat((p.tokens, p.labels[:, None]), 1) if p.labels is not None else p.tokens
+              for i, p in enumerate(read)}  # fmt: skip
+    key = key_of(to_text(module), repr(request.options), repr(request.schedule), target.digest,
+                 digest_of(tokens), str(compiler))  # fmt: skip
+    return Training(
+        request, source, module, stored, ctx, compiler, used, held_out, folder / "training" / key, split
+    )
+
+
+def _split(request: TrainRequest) -> Split | None:
+    """The labelled rows of a classification. Raises CompileError."""
+    if request.task not in TASKS:
+        raise CompileError(f"no task {request.task!r}", hint=f"there are {', '.join(TASKS)}")
+    if request.task == NEXT_TOKEN:
+        return None
+    if request.text is None:
+        raise CompileError("classification needs labelled texts", hint="give --text FILE.jsonl")
+    return split_rows(read_rows(request.text))
+
+
+def _data(
+    request: TrainRequest, source: Source, module: Module, split: Split | None
+) -> tuple[Batches, Batches]:
+    """What trains and what is held out, as tokens. Raises CompileError."""
+    if source.tokenizer is None or (split is None and module.attrs.get("kind") == "encoder"):
         raise CompileError(
             f"{source.name} does not predict a next token, or has no tokenizer",
-            hint="gammac finetune trains decoders on text",
+            hint="gammac finetune trains decoders on text; with --task classification encoders, too",
         )
-    length = min(request.length, int(str(module.attrs["max_positions"])))
+    longest = int(str(module.attrs["max_positions"]))
+    length = min(request.length, longest)
+    if split is not None:
+        used = tokenized(split.used, split.labels, source.tokenizer, length)
+        return used, tokenized(split.held_out, split.labels, source.tokenizer, longest)
+    text = read_text(request.text) if request.text else default_calibration_text()
     windows = token_windows(text, source.tokenizer, length, None)
     apart = torch.arange(len(windows)) % APART == 0
     if len(windows) < 2:
         raise CompileError("the text has less than two windows", hint="give a longer text, or --length")
-    ctx, stored = Context(target, store, seed=request.schedule.seed), frozenset(module.weights)
-    module = Pipeline((FoldConstants(), RaisePatterns())).run(module, ctx)
-    key = key_of(to_text(module), repr(request.options), repr(request.schedule), target.digest,
-                 digest_of({"tokens": windows}), str(compiler))  # fmt: skip
-    return Training(
-        request, source, module, stored, ctx, compiler, Data(windows[~apart]), Data(windows[apart]),
-        folder / "training" / key,
-    )  # fmt: skip
+    return Data(windows[~apart]), Data(windows[apart])
 
 
 def _demand_kernels(options: DsaQatOptions, target: Target, compiler: bool) -> None:
@@ -133,8 +178,9 @@ def finetune(training: Training, out: Path, progress: Progress = no_progress) ->
     check_writable(out, overwrite=False)
     request = training.request
     method = DsaQat(
-        training.module, training.ctx, request.options, compiler=training.compiler, stored=training.stored
-    )
+        training.module, training.ctx, request.options, sequence_class if training.split else next_token,
+        training.compiler, training.stored,
+    )  # fmt: skip
     before = method.evaluate(training.held_out, quantized=False)
     trainer = Trainer(method, training.used, request.schedule, training.checkpoints)
     history = trainer.run(progress)
@@ -144,8 +190,9 @@ def finetune(training: Training, out: Path, progress: Progress = no_progress) ->
         "held_out_loss_before": before,  # of the model as it came, in f32
         "held_out_loss_quantized": method.evaluate(training.held_out),
         "held_out_loss_latent": method.evaluate(training.held_out, quantized=False),
-        "held_out_tokens": training.held_out.tokens.numel(),
+        "held_out_tokens": sum(part.tokens.numel() for part in training.held_out.parts(1)),
     }
+    figures |= _scores(training, method)
     weights = method.quantized()
     figures |= _efficiency(training, {n: q.format for n, q in weights.items()}, method)
     trained = Trained(
@@ -157,8 +204,19 @@ def finetune(training: Training, out: Path, progress: Progress = no_progress) ->
         _write_model(training, changed, folder)
         write_trained(folder, trained, weights)
         write_history(history, folder)
+        if training.split:
+            write_held_out(training.split.held_out, folder)
     shutil.rmtree(training.checkpoints, ignore_errors=True)
     return Finetuned(out, trained, history)
+
+
+def _scores(training: Training, method: DsaQat) -> dict[str, float | int]:
+    """A classifier's scores on the rows that were held out."""
+    if training.split is None:
+        return {}
+    assert isinstance(training.held_out, LabelledData)
+    found = scores_of(method.predictor(), training.held_out, len(training.split.labels))
+    return {f"held_out_{name}": value for name, value in asdict(found).items()}
 
 
 def _efficiency(training: Training, formats: Mapping[str, Format], method: DsaQat) -> dict[str, float]:

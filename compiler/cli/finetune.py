@@ -1,5 +1,6 @@
 """`gammac finetune`."""
 
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,17 @@ if TYPE_CHECKING:
 @click.option("--method", type=click.Choice(["dsa-qat"]), default="dsa-qat", show_default=True)
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The trained folder.")
 @click.option(
-    "--text", type=click.Path(path_type=Path), help="To train on (default: the text that gammac ships)."
+    "--task",
+    type=click.Choice(["next-token", "classification"]),
+    default="next-token",
+    show_default=True,
+    help="classification: of labelled texts, a head is added.",
+)
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path),
+    help="To train on (default: the text that gammac ships); classification: rows "
+    '{"text": …, "label": …} of a .jsonl file.',
 )
 @click.option("--tokens", type=click.IntRange(1), default=1_000_000, show_default=True, help="In all.")
 @click.option("--length", type=click.IntRange(2), default=256, show_default=True, help="Tokens in a window.")
@@ -81,10 +92,22 @@ def finetune_command(**options: Any) -> None:
     request = TrainRequest(
         options["model"], method, Schedule(**{name: options[name] for name in timed}), options["text"],
         options["length"], options["target"], options["backend"] or "", options["trust_remote_code"],
+        options["task"],
     )  # fmt: skip
     with ERR.status("capturing the model"):
         training = make_training(request, options["cache"])
-    _print(finetune(training, options["out"], show_progress))
+    found = finetune(training, options["out"], show_progress)
+    _draw(found)
+    _print(found)
+
+
+def _draw(found: "Finetuned") -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        ERR.print("note: no plots without matplotlib: pip install 'gammac\\[plots]'", highlight=False)
+        return
+    from gammac.training_plots import draw_training
+
+    draw_training(found.history, found.folder)
 
 
 def _print(found: "Finetuned") -> None:
@@ -95,8 +118,12 @@ def _print(found: "Finetuned") -> None:
     counts = sorted(Counter(found.trained.formats.values()).items())
     widths = ", ".join(f"{count} × {name}" for name, count in counts)
     OUT.print(f"{figures['average_bits']:.4g} payload bits; weights: {widths}", highlight=False)
+    if "held_out_accuracy" in figures:
+        names = ("accuracy", "precision", "recall", "f1")
+        scores = ", ".join(f"{name} {figures[f'held_out_{name}']:.4f}" for name in names)
+        OUT.print(f"{figures['held_out_examples']} held-out rows: {scores}", highlight=False)
     OUT.print(
-        f"held-out loss {figures['held_out_loss_quantized']:.4f} nats a token, quantized; "
+        f"held-out loss {figures['held_out_loss_quantized']:.4f} nats, quantized; "
         f"{figures['held_out_loss_before']:.4f} before, in f32",
         highlight=False,
     )

@@ -71,6 +71,12 @@ def cut(low: Lowering, x: Operand, dim: int, start: Any, end: Any) -> Operand:
     return x if (start, end) == (0, size) else low.emit("slice", x, dim=dim, start=start, end=end)
 
 
+def is_last(size: Dim, start: Any, end: Any) -> bool:
+    """Whether [start:end] is the last element of a dimension of unknown size."""
+    open_end = end is None or (isinstance(end, int) and end >= 2**62)
+    return not isinstance(size, int) and isinstance(start, int) and start == -1 and open_end
+
+
 @lowers("aten.slice.Tensor")
 def slice_(low: Lowering, node: Node) -> Operand:
     """A slice with fixed bounds and step 1."""
@@ -80,6 +86,8 @@ def slice_(low: Lowering, node: Node) -> Operand:
     if x.type.shape == low.shape(node):
         return x
     dim = int(argument(node, 1, "dim", 0)) % x.type.rank
+    if is_last(x.type.shape[dim], argument(node, 2, "start", 0), argument(node, 3, "end")):
+        return low.emit("last", x, dim=dim)
     return cut(low, x, dim, argument(node, 2, "start", 0) or 0, argument(node, 3, "end"))
 
 
@@ -89,6 +97,8 @@ def select(low: Lowering, node: Node) -> Operand:
     x = low.exact(node.args[0])
     dim, index = int(argument(node, 1, "dim")) % x.type.rank, node.args[2]
     size = x.type.shape[dim]
+    if is_last(size, index, None):
+        return low.emit("reshape", low.emit("last", x, dim=dim), shape=low.shape(node))
     if isinstance(index, int) and index < 0 and isinstance(size, int):
         index += size
     if not isinstance(index, int) or index < 0:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, initialization
 
 from gammac.diagnostics import CompileError
 from gammac.frontend.checkpoint import Tensors, TensorsInMemory, declare, open_checkpoint
-from gammac.frontend.facts import eos_of, facts, kind_of
+from gammac.frontend.facts import eos_of, facts, kind_of, labels_of
 from gammac.frontend.hooks import hooked
 from gammac.frontend.lower import Lowered, lower
 from gammac.frontend.source import Source, load_source, model_class, nonsense_is_an_error, quiet
@@ -109,15 +109,26 @@ class Forward(nn.Module):
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Logits [batch, seq, vocab], or the last hidden state of a model without a head."""
+        """Logits [batch, seq, vocab], or the last hidden state of a model without a head; of a classifier
+        logits [batch, classes]."""
         options = dict(self.options)
         if token_type_ids is not None:
             options["token_type_ids"] = token_type_ids
         if self.first_position:
             position_ids = position_ids + self.first_position
+        if pools_last_token(self.model):
+            base: Any = self.model.base_model
+            hidden = base(input_ids=input_ids, position_ids=position_ids, use_cache=False)[0]
+            return {"logits": self.model.get_submodule("score")(hidden[:, -1])}
         outputs = self.model(input_ids=input_ids, position_ids=position_ids, **options)
         name = "logits" if "logits" in outputs else "last_hidden_state"
         return {name: outputs[name]}
+
+
+def pools_last_token(model: PreTrainedModel) -> bool:
+    """Whether a decoder became a classifier: its own forward looks for the last token that is no padding,
+    which depends on the tokens. A text that is not padded ends with it."""
+    return bool(labels_of(model)) and isinstance(getattr(model, "score", None), nn.Linear)
 
 
 def first_position(model: PreTrainedModel) -> int:

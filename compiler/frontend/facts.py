@@ -1,6 +1,7 @@
 """What a backend, a runtime or an allocator must know of the source model, as module attributes."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -25,6 +26,8 @@ def facts(model: PreTrainedModel, source: str, eos: tuple[int, ...]) -> Mapping[
         "max_positions": int(config.max_position_embeddings),
         "eos": eos,
     }
+    if labels := labels_of(model):
+        found["labels"] = labels
     for name in ("bos", "pad"):
         token = getattr(config, f"{name}_token_id", None)
         if isinstance(token, int) and token >= 0:
@@ -35,6 +38,19 @@ def facts(model: PreTrainedModel, source: str, eos: tuple[int, ...]) -> Mapping[
 def kind_of(model: PreTrainedModel) -> str:
     """`decoder` for what generates, else `encoder`."""
     return "decoder" if model.can_generate() else "encoder"
+
+
+def labels_of(model: PreTrainedModel) -> tuple[str, ...]:
+    """The names of a classifier's classes in the order of its logits; none for other models."""
+    if not type(model).__name__.endswith("ForSequenceClassification"):
+        return ()
+    return class_names(model.config)
+
+
+def class_names(config: PretrainedConfig) -> tuple[str, ...]:
+    """What a config calls its classes, in the order of the logits."""
+    names: Any = config.id2label or {}
+    return tuple(str(names[index]) for index in sorted(names))
 
 
 def token_ids(value: object) -> tuple[int, ...]:

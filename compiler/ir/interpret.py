@@ -262,6 +262,11 @@ def _slice(attrs: Any, sizes: Any, x: Tensor) -> Tensor:
 
 
 @_kernel
+def _last(attrs: Any, sizes: Any, x: Tensor) -> Tensor:
+    return x.narrow(attrs["dim"], x.shape[attrs["dim"]] - 1, 1)
+
+
+@_kernel
 def _split(attrs: Any, sizes: Any, x: Tensor) -> tuple[Tensor, ...]:
     return torch.split(x, [evaluate(size, sizes) for size in attrs["sizes"]], dim=attrs["dim"])
 

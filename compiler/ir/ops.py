@@ -321,17 +321,24 @@ def slice_(x: TensorType, *, attrs: Attrs) -> Types:
 
 
 @op(dim=int)
+def last(x: TensorType, *, attrs: Attrs) -> Types:
+    """The last element along `dim`, which stays with size one: a slice of a dimension of unknown size."""
+    dim = int(str(attrs["dim"]))
+    _require(0 <= dim < x.rank, f"{x} has no dimension {dim}")
+    return (x.with_shape(*x.shape[:dim], 1, *x.shape[dim + 1 :]),)
+
+
+@op(dim=int)
 def concat(*xs: TensorType, attrs: Attrs) -> Types:
     """Tensors joined along `dim`."""
     dim = attrs["dim"]
     assert isinstance(dim, int)
     _require(len(xs) > 0 and 0 <= dim < xs[0].rank, f"nothing to join along {dim}")
-    total: Dim = 0
     for x in xs:
         rest = x.shape[:dim] + x.shape[dim + 1 :]
         fits = x.dtype == xs[0].dtype and rest == xs[0].shape[:dim] + xs[0].shape[dim + 1 :]
         _require(fits, f"{x} doesn't join {xs[0]} along {dim}")
-        total = total + x.shape[dim]
+    total = sum(x.shape[dim] for x in xs)
     return (xs[0].with_shape(*xs[0].shape[:dim], total, *xs[0].shape[dim + 1 :]),)
 
 
@@ -365,15 +372,8 @@ def split(x: TensorType, *, attrs: Attrs) -> Types:
     """x cut along `dim` into parts of the given sizes, which add up to the whole."""
     dim, sizes = attrs["dim"], _dims(attrs["sizes"])
     assert isinstance(dim, int)
-    _require(0 <= dim < x.rank and _sum(sizes) == x.shape[dim], f"{list(sizes)} is no cut of {x} along {dim}")
+    _require(0 <= dim < x.rank and sum(sizes) == x.shape[dim], f"{list(sizes)} is no cut of {x} along {dim}")
     return tuple(x.with_shape(*x.shape[:dim], size, *x.shape[dim + 1 :]) for size in sizes)
-
-
-def _sum(sizes: tuple[Dim, ...]) -> Dim:
-    total: Dim = 0
-    for size in sizes:
-        total = total + size
-    return total
 
 
 @op(
@@ -393,7 +393,7 @@ def gqa(past_key: TensorType, past_value: TensorType, *rows: TensorType, attrs: 
     _require(fits and len(rows) in (1, 3), "gqa takes two caches and q, k, v, apart or as one")
     dim = past_key.shape[3]
     widths = [heads * dim, kv_heads * dim, kv_heads * dim]
-    expected = widths if len(rows) == 3 else [_sum(tuple(widths))]
+    expected = widths if len(rows) == 3 else [sum(widths)]
     _require([x.shape[-1] for x in rows] == expected, f"rows of gqa are {expected} wide")
     batch, seq, _ = rows[0].shape
     present = past_key.with_shape(batch, kv_heads, past_key.shape[2] + seq, dim)

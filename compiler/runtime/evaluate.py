@@ -49,7 +49,8 @@ class Comparison:
 
 @dataclass(frozen=True)
 class OutputComparison:
-    """Two encoders on the same windows: mean absolute difference, mean cosine of a token's output."""
+    """Two encoders on the same windows: mean absolute difference, mean cosine of a token's output, or of a
+    window's class logits."""
 
     mean_abs: float
     cosine: float
@@ -110,13 +111,13 @@ def compare_outputs(
     Raises CompileError when the outputs have different widths.
     """
     _want_same_width(session, reference)
-    difference = cosine = 0.0
+    difference, cosine, rows = 0.0, 0.0, 0
     for window in progress(list(windows), "comparison"):
         ours, theirs = _output(session, window), _output(reference, window)
         difference += (ours - theirs).abs().mean(-1).double().sum().item()
         cosine += torch.cosine_similarity(ours.double(), theirs.double(), dim=-1).sum().item()
-    count = windows.numel()
-    return OutputComparison(difference / count, cosine / count, count, *windows.shape)
+        rows += len(ours.reshape(-1, ours.shape[-1]))
+    return OutputComparison(difference / rows, cosine / rows, windows.numel(), *windows.shape)
 
 
 def _output(session: Predictor, window: Tensor) -> Tensor:

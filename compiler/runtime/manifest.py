@@ -51,7 +51,8 @@ class Manifest:
 
     target: str
     kind: str
-    """decoder (next-token logits, with a cache) or encoder (one output per token)."""
+    """decoder (next-token logits, with a cache) or encoder (one output per token; of a classifier one row of
+    logits for a text)."""
 
     emitter: str
     context: int
@@ -81,6 +82,9 @@ class Manifest:
 
     library: str = ""
     """The native library of the artifact's own operators, one of its files."""
+
+    labels: tuple[str, ...] = ()
+    """The classes of a classifier, in the order of its logits."""
 
     activations: str = ""
     """int8 or float: what products with quantized weights take; older artifacts don't say."""
@@ -170,11 +174,11 @@ def _file(value: Any, name: str) -> FileEntry:
 
 
 # what manifests did not have from the start
-_LATER: Final[Mapping[str, Any]] = {"activations": "", "code": {}}
+_LATER: Final[Mapping[str, Any]] = {"activations": "", "code": {}, "labels": []}
 _READERS: Final[Mapping[str, Callable[[Any, str], object]]] = {
     "model": _text, "model_digest": _text, "target": _text, "kind": _text, "emitter": _text,
     "context": _count, "payload_bits": _number, "true_bits": _number, "whole_model_bits": _number,
     "budgets": _list, "allocation": _table(_text), "predicted": _table(_number),
     "not_quantized": _table(_text), "fallbacks": _table(_text), "library": _text, "activations": _text,
-    "code": _table(_text), "tools": _table(_text), "gammac": _text, "files": _table(_file),
+    "code": _table(_text), "labels": _list, "tools": _table(_text), "gammac": _text, "files": _table(_file),
 }  # fmt: skip

@@ -7,7 +7,13 @@ from typing import Any, Final
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+)
 
 from gammac.formats import load_float
 from gammac.frontend.source import nonsense_is_an_error, quiet
@@ -18,6 +24,10 @@ from gammac.runtime.session import Logits, Tokens, check_room
 from gammac.weights import WeightStore
 
 NO_LIMIT: Final = 1 << 30
+HEADS: Final[dict[str, Any]] = {
+    "Model": AutoModel, "ForMaskedLM": AutoModelForMaskedLM,
+    "ForSequenceClassification": AutoModelForSequenceClassification,
+}  # fmt: skip
 
 
 def _numpy(logits: Tensor) -> Logits:
@@ -137,7 +147,7 @@ def load_model(folder: Path) -> Any:
     with quiet(), nonsense_is_an_error(str(folder)):
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         head = ((config.architectures or [""])[0]).removeprefix(type(config).__name__.removesuffix("Config"))
-        auto: Any = {"Model": AutoModel, "ForMaskedLM": AutoModelForMaskedLM}.get(head, AutoModelForCausalLM)
+        auto: Any = HEADS.get(head, AutoModelForCausalLM)
         return auto.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
 
 
@@ -154,7 +164,12 @@ class TransformersSession:
     def vocab_size(self) -> int:
         """Numbers in a row of the output."""
         config = self._model.config
+        if self._is_classifier():
+            return int(config.num_labels)
         return int(config.vocab_size if self._has_head() else config.hidden_size)
+
+    def _is_classifier(self) -> bool:
+        return type(self._model).__name__.endswith("ForSequenceClassification")
 
     def _has_head(self) -> bool:
         return self._model.get_output_embeddings() is not None
@@ -175,7 +190,8 @@ class TransformersSession:
         check_room(tokens.shape[1], self.context)
         keep_no_cache = {"use_cache": False} if self.kind == "decoder" else {}
         out = self._model(input_ids=_tensor(tokens), **keep_no_cache)
-        return _numpy(out.logits if self._has_head() else out.last_hidden_state)
+        has_logits = self._has_head() or self._is_classifier()
+        return _numpy(out.logits if has_logits else out.last_hidden_state)
 
     @torch.inference_mode()
     def prefill(self, tokens: Tokens) -> Logits:

@@ -49,7 +49,7 @@ class Predictor(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """Numbers in a row of logits; for an encoder the width of its output."""
+        """Numbers in a row of logits; for an encoder the width of its output, which may be classes."""
         ...
 
     @property
@@ -63,7 +63,7 @@ class Predictor(Protocol):
         ...
 
     def logits(self, tokens: Tokens) -> Logits:
-        """Logits f32 [batch, seq, vocab] of tokens i64 [batch, seq]."""
+        """Logits f32 [batch, seq, vocab] of tokens i64 [batch, seq]; of a classifier f32 [batch, classes]."""
         ...
 
 
@@ -268,7 +268,8 @@ class OnnxSession:
         for name, array in self._feeds(tokens, past).items():
             binding.bind_cpu_input(name, array)
         # the result is written where numpy reads it: logits of a long prompt are 100 MB and more
-        out = np.empty((batch, seq, self.vocab_size), NUMPY_TYPES[self._output.type])
+        rows = (batch, seq)[: len(self._output.shape) - 1]
+        out = np.empty((*rows, self.vocab_size), NUMPY_TYPES[self._output.type])
         binding.bind_ortvalue_output(self._output.name, ort.OrtValue.ortvalue_from_numpy(out))
         self._ort.run_with_iobinding(binding)
         return out.astype(np.float32, copy=False)

@@ -5,7 +5,7 @@ Every block weight is fake-quantized in a format of its own, tables in one that 
 in f32. What linears of blocks read is rounded, too, if `activations` says so.
 """
 
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from typing import Any, Final
 
 import torch
@@ -23,7 +23,7 @@ from gammac.passes.training.graph import TrainingGraph, block_weight
 from gammac.passes.training.losses import quantization_aware_loss, relative_noise
 from gammac.passes.training.options import AS_WEIGHTS, DsaQatOptions
 from gammac.passes.training.tasks import TaskLoss, next_token
-from gammac.passes.training.trainer import Data, Row
+from gammac.passes.training.trainer import Batches, Data, Row
 from gammac.pipeline import Context
 
 # of a range, for activations with one step: it is an exponential mean of batches' largest magnitudes
@@ -45,8 +45,8 @@ class DsaQat:
     ) -> None:  # fmt: skip
         self.module, self.options, self.task = module, options, task
         self.graph = TrainingGraph(module)
-        vectors = _vectors(module) if stored is None else _vectors(module) & stored
-        trained = [n for n, w in module.weights.items() if "role" in w.attrs or n in vectors]
+        plain = _plain(module) if stored is None else _plain(module) & stored
+        trained = [n for n, w in module.weights.items() if "role" in w.attrs or n in plain]
         floats = {n: load_float(w, ctx.store).clone() for n, w in module.weights.items()}
         self.latents = {n: floats.pop(n).requires_grad_() for n in trained}
         self.fixed = floats
@@ -112,22 +112,23 @@ class DsaQat:
             return None
         return float(f"{max(self.ranges[name], 1e-5) / (2 ** (format_.bits - 1) - 1):.6g}")
 
-    def evaluate(self, data: Data, quantized: bool = True, batch: int = 8) -> float:
-        """The mean task loss over data, in nats, without a gradient."""
-        total = 0.0
+    def predictor(self, quantized: bool = True) -> Callable[[Tensor], Tensor]:
+        """The model as it is now, tokens i64 [batch, seq] to its first result, without gradients."""
         with torch.no_grad():
-            used = (
-                {n: g.quantized(self.latents[n]).dequantize() for n, g in self.grids.items()}
-                if quantized
-                else {}
-            )
-            for start in range(0, len(data), batch):
-                part = data.take(slice(start, start + batch))
-                outputs = self.graph.run(
-                    part.tokens, lambda n: used.get(n, self._latent(n)), self._read if quantized else None
-                )
-                total += float(self.task(outputs, part)) * len(part)
-        return total / len(data)
+            used = {n: g.quantized(self.latents[n]).dequantize() for n, g in self.grids.items() if quantized}
+        read = self._read if quantized else None
+
+        @torch.no_grad()
+        def predict(tokens: Tensor) -> Tensor:
+            return self.graph.run(tokens, lambda n: used[n] if n in used else self._latent(n), read)
+
+        return predict
+
+    def evaluate(self, data: Batches, quantized: bool = True, batch: int = 8) -> float:
+        """The mean task loss over data, in nats, without a gradient."""
+        predict = self.predictor(quantized)
+        losses = (float(self.task(predict(part.tokens), part)) * len(part) for part in data.parts(batch))
+        return sum(losses) / len(data)
 
     # ---- the controller -------------------------------------------------------------------------
 
@@ -210,11 +211,13 @@ def _offered(
     return {n: tuple(sorted(formats)) for n, formats in found.items()}
 
 
-def _vectors(module: Module) -> set[str]:
-    """Norms' gains and biases."""
-    refs = (o for op in module.functions["forward"].ops if op.name in READ_BY for o in op.operands)
-    names = {ref.name for ref in refs if isinstance(ref, WeightRef)}
-    return {n for n in names if module.weights[n].type.rank == 1}
+def _plain(module: Module) -> set[str]:
+    """What trains in f32: norms' gains, biases, and matrices without a role, such as a classifier's head."""
+    ops = module.functions["forward"].ops
+    found = {o.name for op in ops if op.name in READ_BY for o in op.operands if isinstance(o, WeightRef)}
+    matrices = {ref.name for op in ops if (ref := op.weight()) and op.name in ("linear", "embedding")}
+    ranked = {n for n in found if module.weights[n].type.rank == 1}
+    return ranked | {n for n in matrices if "role" not in module.weights[n].attrs}
 
 
 def _first_readers(module: Module) -> dict[str, str]:

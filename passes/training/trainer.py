@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -30,16 +31,56 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Data:
-    """Token windows i64 [n, length]."""
+    """Token windows i64 [n, length], and the class of each, i64 [n], where they have one."""
 
     tokens: Tensor
+    labels: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def steps(self, tokens: int, size: int) -> int:
+        """Steps of `size` windows that so many tokens make, one at least."""
+        return max(1, tokens // (size * self.tokens.shape[1]))
+
     def take(self, indices: Tensor | slice) -> "Data":
         """Some of the windows."""
-        return Data(self.tokens[indices])
+        return Data(self.tokens[indices], None if self.labels is None else self.labels[indices])
+
+    def batch(self, step: int, size: int, seed: int) -> "Data":
+        """The windows of a step: all of them in a new order at each pass."""
+        places = range(step * size, (step + 1) * size)
+        picked = [shuffled(len(self), seed, place // len(self))[place % len(self)] for place in places]
+        return self.take(torch.tensor(picked))
+
+    def parts(self, size: int) -> Iterator["Data"]:
+        """All windows in order, `size` at a time."""
+        for start in range(0, len(self), size):
+            yield self.take(slice(start, start + size))
+
+
+class Batches(Protocol):
+    """What a trainer draws from."""
+
+    def __len__(self) -> int: ...
+
+    def steps(self, tokens: int, size: int) -> int:
+        """Steps of `size` rows at most that so many tokens make, one at least."""
+        ...
+
+    def batch(self, step: int, size: int, seed: int) -> Data:
+        """The rows of a step, `size` at most, of one length."""
+        ...
+
+    def parts(self, size: int) -> Iterator[Data]:
+        """All rows once, `size` at most at a time."""
+        ...
+
+
+@lru_cache(maxsize=64)
+def shuffled(count: int, seed: int, turn: int) -> Tensor:
+    """The order of `count` things at a pass."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 7919 + turn))
 
 
 @dataclass(frozen=True)
@@ -54,10 +95,6 @@ class Schedule:
     clip_norm: float = 1.0
     seed: int = 0
     save_every: int = 50
-
-    def steps(self, length: int) -> int:
-        """Steps of windows of so many tokens, one at least."""
-        return max(1, self.tokens // (self.batch * length))
 
     def rate_at(self, step: int, steps: int) -> float:
         """The rate of a step, which counts from zero."""
@@ -107,13 +144,13 @@ class Trainer:
     """A method on some data. `folder` is for checkpoints; None: there are none."""
 
     method: Method
-    data: Data
+    data: Batches
     schedule: Schedule
     folder: Path | None = None
     history: list[Row] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.steps = self.schedule.steps(self.data.tokens.shape[1])
+        self.steps = self.data.steps(self.schedule.tokens, self.schedule.batch)
         self.adam = Adam(self.method.parameters(), self.schedule.decay)
         self.done = 0
 
@@ -121,7 +158,7 @@ class Trainer:
         """Train to the end, from a checkpoint if there is one; a row a step. Raises CompileError where the
         loss is no number any more."""
         if not self._resume():
-            self.method.begin(self.data.take(self._picked(0)))
+            self.method.begin(self._batch(0))
         for step in progress(range(self.done, self.steps), f"training ({self.method.name})"):
             self._step(step)
             self.done = step + 1
@@ -129,20 +166,11 @@ class Trainer:
                 self.save()
         return self.history
 
-    def _picked(self, step: int) -> Tensor:
-        """The windows of a step: the text in a new order at each pass."""
-        count, batch = len(self.data), self.schedule.batch
-        places = range(step * batch, (step + 1) * batch)
-        return torch.tensor([self._order(place // count)[place % count] for place in places])
-
-    def _order(self, turn: int) -> Tensor:
-        if getattr(self, "_turn", None) != turn:
-            generator = torch.Generator().manual_seed(self.schedule.seed * 7919 + turn)
-            self._turn, self._shuffled = turn, torch.randperm(len(self.data), generator=generator)
-        return self._shuffled
+    def _batch(self, step: int) -> Data:
+        return self.data.batch(step, self.schedule.batch, self.schedule.seed)
 
     def _step(self, step: int) -> None:
-        batch = self.data.take(self._picked(step))
+        batch = self._batch(step)
         loss, said = self.method.loss(batch, step)
         value = float(loss.detach())
         if not math.isfinite(value):
@@ -156,7 +184,7 @@ class Trainer:
         rate = self.schedule.rate_at(step, self.steps)
         self.adam.step(gradients, rate, step + 1)
         said |= self.method.after(gradients, batch, step, self.steps, value)
-        tokens = (step + 1) * batch.tokens.numel()
+        tokens = (self.history[-1]["tokens"] if self.history else 0) + batch.tokens.numel()
         self.history.append(
             {"step": step, "tokens": tokens, "loss": value, "rate": rate, "norm": norm, **said}
         )
@@ -204,7 +232,7 @@ def _read(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     return parts, facts
 
 
-def smoothed_losses(history: Sequence[Row], keep: float = 0.9) -> Iterator[float]:
+def smoothed_losses(history: Sequence[Mapping[str, Any]], keep: float = 0.9) -> Iterator[float]:
     """The exponential mean of the loss, row by row."""
     mean: float | None = None
     for row in history:

@@ -12,6 +12,7 @@ from gammac.targets.onnx.integers import lower_fake_quantize
 from gammac.targets.onnx.linear import lower_embedding, lower_linear
 
 Lowering = Callable[[GraphWriter, Op], Sequence[ir.Value]]
+OPEN_END: Final = 2**63 - 1  # of a slice
 
 LOWERINGS: Final[dict[str, Lowering]] = {
     "attention": lower_attention,
@@ -120,6 +121,12 @@ def _transpose(g: GraphWriter, op: Op) -> ir.Value:
 @_lowering
 def _slice(g: GraphWriter, op: Op) -> ir.Value:
     start, end, dim = (g.const([int(str(op.attrs[k]))]) for k in ("start", "end", "dim"))
+    return g.op("Slice", _first(g, op), start, end, dim)
+
+
+@_lowering
+def _last(g: GraphWriter, op: Op) -> ir.Value:
+    start, end, dim = (g.const([i]) for i in (-1, OPEN_END, int(str(op.attrs["dim"]))))
     return g.op("Slice", _first(g, op), start, end, dim)
 
 

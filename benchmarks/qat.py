@@ -1,0 +1,257 @@
+"""DSA-QAT beside post-training quantization, static uniform training and plain training on the same tokens.
+
+A row for each way to a quantized model: loss and perplexity on the test text, KL(original ‖ row) and
+KL(tuned ‖ row) in nats a token, where "tuned" is the model trained on the same tokens in f32. Rounding the
+tuned model afterwards (RTN, GPTQ) tells what training on the text is worth; static and dynamic training tell
+what is gained by rounding in the loop. Average bits are payload bits of the blocks' linears; tables are equal
+in all rows. Two more tables: when the controller moved widths, and λ against average bits.
+
+Run: python benchmarks/qat.py tiny --text TRAIN --test TEST --tokens 200000 --bits 4 6 [--seeds 0 1 2]
+"""
+
+import argparse
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from gammac.formats import Format, Quantized, parse_format
+from gammac.passes.quantizers import make_quantizer
+from gammac.passes.training.dsa_qat import DsaQat
+from gammac.passes.training.graph import TrainingGraph, block_weight
+from gammac.passes.training.options import DsaQatOptions
+from gammac.passes.training.tasks import TaskLoss, next_token
+from gammac.passes.training.trainer import Data, Row, Schedule, Trainer
+from gammac.texts import read_text, token_windows
+from gammac.training import Training, TrainRequest, make_training
+
+CALIBRATION: Final = 32  # windows for GPTQ's Gram matrices
+BATCH: Final = 8
+TRADE_OFFS: Final = (0.01, 0.1, 1.0, 10.0, 100.0)
+HEAD: Final = ("bits", "method", "average bits", "loss", "perplexity", "KL(original)", "KL(tuned)")
+
+Weights = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Nats a token; both divergences are of a reference from these weights."""
+
+    loss: float
+    kl_original: float
+    kl_tuned: float
+
+
+@dataclass
+class Judge:
+    """The test windows, and what the two references predict there."""
+
+    graph: TrainingGraph
+    windows: Tensor
+    references: tuple[Weights, Weights]
+
+    @torch.no_grad()
+    def __call__(self, weights: Weights) -> Scores:
+        """Over all windows."""
+        sums = torch.zeros(3, dtype=torch.float64)
+        for part in torch.split(self.windows, BATCH):
+            log_q = self.predicted(weights, part)
+            sums[0] -= log_q.gather(2, part[:, 1:, None]).sum()
+            for place, reference in enumerate(self.references, 1):
+                log_p = self.predicted(reference, part)
+                sums[place] += (log_p.exp() * (log_p - log_q)).sum()
+        return Scores(*(sums / self.windows[:, 1:].numel()).tolist())
+
+    def predicted(self, weights: Weights, part: Tensor) -> Tensor:
+        """Log-probabilities of each next token [windows, length - 1, vocab]."""
+        return self.graph.run(part, weights.__getitem__)[:, :-1].log_softmax(-1)
+
+
+class FullPrecision(DsaQat):
+    """The same training with nothing rounded and nobody to move widths."""
+
+    name = "full-precision"
+
+    def __init__(self, training: Training, options: DsaQatOptions, task: TaskLoss = next_token) -> None:
+        super().__init__(training.module, training.ctx, options, task, training.compiler, training.stored)
+        self.grids = {}
+
+    def begin(self, batch: Data) -> None:
+        """Nothing to decide."""
+
+    def after(self, gradients: Weights, batch: Data, step: int, steps: int, loss: float) -> Row:
+        """Nothing to decide."""
+        return {}
+
+
+@dataclass
+class Bench:
+    """One seed of one model: the training data, the schedule, the references."""
+
+    training: Training
+    schedule: Schedule
+    test: Tensor
+    rows: dict[tuple[str, str], list[tuple[float, Scores]]]
+    histories: list[tuple[str, list[Row]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.module = self.training.module
+        plain = FullPrecision(self.training, DsaQatOptions())
+        original = copied(plain)
+        Trainer(plain, self.training.used, self.schedule).run()
+        self.tuned = copied(plain)
+        self.original = original
+        self.graph = TrainingGraph(self.module)
+        self.judge = Judge(self.graph, self.test, (self.original, self.tuned))
+
+    def run(self, bits: Sequence[float]) -> None:
+        """All rows."""
+        self.add("32", "original, f32", 32, self.original)
+        self.add("32", "tuned, f32", 32, self.tuned)
+        for width in bits:
+            for what, weights in (("original", self.original), ("tuned", self.tuned)):
+                grams = self.grams(weights)
+                for quantizer in ("rtn", "gptq"):
+                    rounded = self.rounded(weights, grams, quantizer, width)
+                    self.add(f"{width:g}", f"{quantizer.upper()} of {what}", width, rounded)
+            static = DsaQatOptions(average_bits=width, formats=f"w{width:g}g64")
+            self.train(f"{width:g}", "static QAT", static)
+            dynamic = DsaQatOptions(average_bits=width)
+            self.train(f"{width:g}", "DSA-QAT", dynamic)
+            self.train(f"{width:g}", "DSA-QAT, reversed", replace(dynamic, reverse=True))
+
+    def train(self, bits: str, name: str, options: DsaQatOptions) -> None:
+        """One training of the method, and its row."""
+        method = self.method(options)
+        trainer = Trainer(method, self.training.used, self.schedule)
+        self.histories.append((f"{name} {bits}", trainer.run()))
+        weights = copied(method) | {n: q.dequantize() for n, q in method.quantized().items()}
+        self.add(bits, name, method.controller.average_bits(), weights)
+
+    def method(self, options: DsaQatOptions) -> DsaQat:
+        """A fresh one."""
+        t = self.training
+        return DsaQat(t.module, t.ctx, options, compiler=t.compiler, stored=t.stored)
+
+    def add(self, bits: str, name: str, average: float, weights: Weights) -> None:
+        """Judge a row and say so at once."""
+        scores = self.judge(weights)
+        self.rows.setdefault((bits, name), []).append((average, scores))
+        print(f"seed {self.schedule.seed}  {bits:>3} {name:20} {scores}", flush=True)
+
+    @torch.no_grad()
+    def grams(self, weights: Weights) -> dict[str, Tensor]:
+        """The mean of x xᵀ over what each block linear reads, on windows that were trained on."""
+        found: dict[str, Tensor] = {}
+        windows = self.training.used.tokens[:CALIBRATION]
+
+        def watch(op: object, operands: list[Tensor], results: tuple[Tensor, ...]) -> None:
+            name = block_weight(op, self.module)  # type: ignore[arg-type]
+            if name:
+                x = operands[0].flatten(0, -2)
+                found[name] = found.get(name, 0) + x.T @ x / windows.numel()
+
+        for part in torch.split(windows, BATCH):
+            self.graph.run(part, weights.__getitem__, watch=watch)
+        return found
+
+    def rounded(self, weights: Weights, grams: Weights, quantizer: str, bits: float) -> dict[str, Tensor]:
+        """Block linears in one width by a quantizer, tables by RTN in eight bits, as training has them."""
+        found = dict(weights)
+        for name, weight in self.module.weights.items():
+            if "role" not in weight.attrs:
+                continue
+            block = weight.attrs["role"] == "block"
+            format_ = parse_format(f"w{bits:g}g64" if block else DsaQatOptions().table)
+            found[name] = _quantized(
+                quantizer if block else "rtn", weights[name], grams.get(name), format_
+            ).dequantize()
+        return found
+
+    def trade_offs(self) -> Iterator[tuple[float, float, float]]:
+        """λ with the average bits before the first step and behind the last one."""
+        for trade_off in TRADE_OFFS:
+            method = self.method(DsaQatOptions(average_bits=8, trade_off=trade_off))
+            short = replace(self.schedule, tokens=self.schedule.tokens // 8)
+            history = Trainer(method, self.training.used, short).run()
+            yield trade_off, history[0]["average_bits"], history[-1]["average_bits"]
+
+
+def _quantized(name: str, weight: Tensor, gram: Tensor | None, format_: Format) -> Quantized:
+    return make_quantizer(name).quantize(weight, gram, [format_.fit(weight.shape[1])])[0]
+
+
+def copied(method: DsaQat) -> dict[str, Tensor]:
+    """Every weight as it is, unrounded."""
+    return {n: t.detach().clone() for n, t in (method.fixed | method.latents).items()}
+
+
+def table(rows: Mapping[tuple[str, str], Sequence[tuple[float, Scores]]]) -> str:
+    """Means over seeds; ± is the deviation of the loss, where there is more than one."""
+    lines = ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
+    for (bits, name), found in rows.items():
+        losses = [scores.loss for _, scores in found]
+        loss = statistics.mean(losses)
+        spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
+        cells = [
+            bits, name, f"{statistics.mean(average for average, _ in found):.3f}", f"{loss:.4f}{spread}",
+            f"{math.exp(loss):.2f}", f"{statistics.mean(s.kl_original for _, s in found):.4f}",
+            f"{statistics.mean(s.kl_tuned for _, s in found):.4f}",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def settled(histories: Sequence[tuple[str, Sequence[Row]]]) -> str:
+    """Changes of width in each fifth of the training; in the last one the controller is frozen."""
+    lines = ["| controller | changes in fifths of the steps |", "|---|---|"]
+    for name, rows in histories:
+        fifths = [rows[i * len(rows) // 5 : (i + 1) * len(rows) // 5] for i in range(5)]
+        counts = ", ".join(str(sum(r["changed"] for r in fifth)) for fifth in fifths)
+        lines.append(f"| {name} | {counts} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """The three tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model")
+    parser.add_argument("--text", type=Path, help="trained on (default: the text that gammac ships)")
+    parser.add_argument("--test", type=Path, help="judged on (default: a sixteenth of that text)")
+    parser.add_argument("--tokens", type=int, default=200_000)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--bits", type=float, nargs="+", default=[4, 6])
+    parser.add_argument("--rate", type=float, default=3e-4)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--windows", type=int, default=128, help="of the test text")
+    args = parser.parse_args()
+    rows: dict[tuple[str, str], list[tuple[float, Scores]]] = {}
+    histories: list[tuple[str, list[Row]]] = []
+    for seed in args.seeds:
+        schedule = Schedule(args.tokens, rate=args.rate, seed=seed)
+        request = TrainRequest(
+            args.model, DsaQatOptions(), schedule, args.text, args.length, target="reference"
+        )
+        training = make_training(request)
+        test = next(training.held_out.parts(args.windows)).tokens
+        if args.test:
+            test = token_windows(
+                read_text(args.test), training.source.tokenizer, args.length, args.windows, spread=True
+            )
+        bench = Bench(training, schedule, test, rows, histories)
+        bench.run(args.bits)
+    print(f"\n{args.model}, {args.tokens} tokens, {len(args.seeds)} seeds\n\n{table(rows)}\n")
+    print(f"{settled(histories)}\n\n| λ | average bits, first | last |\n|---|---|---|")
+    for trade_off, first, last in bench.trade_offs():
+        print(f"| {trade_off:g} | {first:.3f} | {last:.3f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
