@@ -31,6 +31,7 @@ from gammac.passes.quantize_activations import parse_activations
 from gammac.passes.raise_patterns import RaisePatterns
 from gammac.passes.training.dsa_qat import DsaQat
 from gammac.passes.training.efficiency import FULL_BITS, compression_ratio, energy, size_reduction, speed_up
+from gammac.passes.training.lora_options import LoraOptions, demand_lora
 from gammac.passes.training.options import AS_WEIGHTS, DsaQatOptions
 from gammac.passes.training.trained import Trained, write_trained
 from gammac.passes.training.trainer import Data, Schedule, Trainer
@@ -52,7 +53,7 @@ class TrainRequest:
     """Everything that decides a trained folder. `text` None: the calibration text that gammac ships."""
 
     model: str
-    options: DsaQatOptions
+    options: DsaQatOptions | LoraOptions
     schedule: Schedule
     text: Path | None = None
     length: int = 256
@@ -90,7 +91,10 @@ def make_training(request: TrainRequest, cache: Path | None = None) -> Training:
     target = load_target(request.target, request.backend or None)
     folder = cache or default_cache()
     compiler = backend_of(target, folder).every_width
-    _demand_kernels(request.options, target, compiler)
+    if isinstance(request.options, LoraOptions):
+        demand_lora(request.options, target, compiler)
+    else:
+        _demand_kernels(request.options, target, compiler)
     text = read_text(request.text) if request.text else default_calibration_text()
     source = resolve(request.model, request.trust_remote_code)
     store = WeightStore(folder / "weights")
@@ -131,9 +135,10 @@ def finetune(training: Training, out: Path, progress: Progress = no_progress) ->
     Raises CompileError; then nothing is left there.
     """
     check_writable(out, overwrite=False)
-    request = training.request
+    request, options = training.request, training.request.options
+    assert isinstance(options, DsaQatOptions)
     method = DsaQat(
-        training.module, training.ctx, request.options, compiler=training.compiler, stored=training.stored
+        training.module, training.ctx, options, compiler=training.compiler, stored=training.stored
     )
     before = method.evaluate(training.held_out, quantized=False)
     trainer = Trainer(method, training.used, request.schedule, training.checkpoints)
@@ -149,12 +154,12 @@ def finetune(training: Training, out: Path, progress: Progress = no_progress) ->
     weights = method.quantized()
     figures |= _efficiency(training, {n: q.format for n, q in weights.items()}, method)
     trained = Trained(
-        method.name, f"{request.options.average_bits:g}", {n: q.format.name for n, q in weights.items()},
-        method.activations(), {**asdict(request.options), **asdict(request.schedule)}, figures,
+        method.name, f"{options.average_bits:g}", {n: q.format.name for n, q in weights.items()},
+        method.activations(), {**asdict(options), **asdict(request.schedule)}, figures,
     )  # fmt: skip
     changed = {n: q.dequantize() for n, q in weights.items()} | method.floats()
     with staging(out, overwrite=False) as folder:
-        _write_model(training, changed, folder)
+        write_model(training, changed, folder)
         write_trained(folder, trained, weights)
         write_history(history, folder)
     shutil.rmtree(training.checkpoints, ignore_errors=True)
@@ -177,7 +182,7 @@ def _efficiency(training: Training, formats: Mapping[str, Format], method: DsaQa
     }
 
 
-def _write_model(training: Training, changed: Mapping[str, torch.Tensor], folder: Path) -> None:
+def write_model(training: Training, changed: Mapping[str, torch.Tensor], folder: Path) -> None:
     """The model as transformers loads it, its weights what their codes stand for."""
     source = training.source
     with quiet():

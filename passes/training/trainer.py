@@ -21,8 +21,6 @@ from gammac.files import write_atomically
 from gammac.passes.training.adam import Adam, clip_norm
 from gammac.progress import Progress, no_progress
 
-WARMUP: Final = 0.05  # of the steps
-FLOOR: Final = 0.1  # of the rate is left at the end
 CHECKPOINT: Final = "checkpoint.safetensors"
 
 Row = dict[str, Any]
@@ -44,8 +42,9 @@ class Data:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast: `tokens` in all, `batch` windows a step; the rate rises linearly for a twentieth
-    of the steps and falls as a cosine to a tenth. `save_every` steps a checkpoint is written."""
+    """How long and how fast: `tokens` in all, `batch` windows a step; the rate rises linearly for `warmup` of
+    the steps and falls as a cosine to `floor` of it, or stays, with a floor of 1. `save_every` steps a
+    checkpoint is written."""
 
     tokens: int
     batch: int = 4
@@ -54,6 +53,8 @@ class Schedule:
     clip_norm: float = 1.0
     seed: int = 0
     save_every: int = 50
+    warmup: float = 0.05
+    floor: float = 0.1
 
     def steps(self, length: int) -> int:
         """Steps of windows of so many tokens, one at least."""
@@ -61,11 +62,11 @@ class Schedule:
 
     def rate_at(self, step: int, steps: int) -> float:
         """The rate of a step, which counts from zero."""
-        warm = max(1, round(WARMUP * steps))
+        warm = max(1, round(self.warmup * steps))
         if step < warm:
             return self.rate * (step + 1) / warm
         share = (step - warm) / max(1, steps - warm)
-        return self.rate * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * share)))
+        return self.rate * (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * share)))
 
 
 class Method(Protocol):
