@@ -6,7 +6,7 @@ capture → passes → emit → check against the original → seal
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,7 +28,6 @@ from gammac.passes.finetune import Distill
 from gammac.passes.legalize_onnx import within_context
 from gammac.passes.refine import Refine
 from gammac.passes.sensitivity import NEED_NEXT_TOKEN
-from gammac.passes.training.trained import is_trained
 from gammac.pipeline import Context, Observer, Pipeline, Step
 from gammac.progress import Progress, no_progress
 from gammac.room import demand_room
@@ -41,6 +40,7 @@ from gammac.targets.cost import Cost, module_cost
 from gammac.targets.onnx.emit import emitted_function
 from gammac.targets.target import ANY, BLOCK, NO_EMITTER, REFERENCE, TABLE, Target, load_target
 from gammac.texts import Calibration, read_text, token_windows
+from gammac.trained_model import demand_trained, trained_choices, with_own_adapters
 from gammac.weights import WeightStore
 
 TOKENIZER_FILES: Final = (
@@ -55,6 +55,7 @@ SIZE_TRIES: Final = 3
 # of a check that runs a GPU's kernels as loops
 LIBRARY_SUFFIXES: Final = (".so", ".dylib", ".dll")
 MODULE: Final = "module.gir"
+ADAPTER: Final = "of a low-rank adapter"
 NO_ROLE: Final = "neither a block's linear, nor the token embedding, nor the head"
 
 
@@ -141,7 +142,7 @@ def make_plan(request: Request, cache: Path | None = None, *, artifact: bool = T
     if request.calibration is not None:
         read_text(request.calibration)
     source = resolve(request.model, request.trust_remote_code)
-    if is_trained(source.folder) and source.gguf is None:
+    if demand_trained(request.choices, source):
         request = replace(request, choices=trained_choices(request.choices, source))
         default_pipeline(request.choices, target.emitter, compiler=backend.every_width)
     store = WeightStore(folder / "weights")
@@ -160,20 +161,6 @@ def make_plan(request: Request, cache: Path | None = None, *, artifact: bool = T
     seconds = time.perf_counter() - started
     passes = PassCache(folder / "passes")
     return Plan(request, target, budgets, source, module, store, passes, folder, backend, seconds)
-
-
-def trained_choices(choices: Choices, source: Source) -> Choices:
-    """What is left to choose for a trained folder, which brings its formats and codes: nothing.
-
-    Raises CompileError for choices that differ from the defaults.
-    """
-    made = [f.name for f in fields(Choices) if getattr(choices, f.name) != f.default]
-    if made:
-        raise CompileError(
-            f"{source.name} was trained in its formats: {', '.join(made)} can't be chosen any more",
-            hint="leave such options out, or train again: gammac finetune",
-        )
-    return Choices(trained=str(source.folder))
 
 
 def check_target(target: Target, choices: Choices, *, compiler: bool, artifact: bool) -> None:
@@ -258,9 +245,8 @@ def compile_model(
     with staging(out, overwrite) as folder:
         written = _lower_within_size(plan, ctx, folder, (*observers, steps.append))
         manifest = manifest_of(plan, written)
-        checked = closing_check(
-            plan.backend, plan.module, written.module, ctx, folder, manifest, plan.folder
-        )  # fmt: skip
+        original = with_own_adapters(plan.module, plan.request.choices, plan.target, plan.store)
+        checked = closing_check(plan.backend, original, written.module, ctx, folder, manifest, plan.folder)
         manifest = seal(folder, manifest)
     cost = module_cost(written.module, plan.target)
     seconds = time.perf_counter() - started + plan.capture_seconds
@@ -363,7 +349,8 @@ def not_quantized(module: Module) -> Iterator[tuple[str, str]]:
     """Weights of two dimensions that stay floats, and why."""
     for name, weight in module.weights.items():
         if weight.type.rank == 2 and "stored" not in weight.attrs:
-            yield name, "a factor of incoherence" if "serves" in weight.attrs else NO_ROLE
+            served = ADAPTER if "adapter" in weight.attrs else "a factor of incoherence"
+            yield name, served if "serves" in weight.attrs else NO_ROLE
 
 
 def fallbacks(plan: Plan, module: Module) -> Iterator[tuple[str, str]]:

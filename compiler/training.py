@@ -41,6 +41,7 @@ from gammac.passes.raise_patterns import RaisePatterns
 from gammac.passes.training.dsa_qat import DsaQat
 from gammac.passes.training.efficiency import FULL_BITS, compression_ratio, energy, size_reduction, speed_up
 from gammac.passes.training.labelled import LabelledData
+from gammac.passes.training.lora_options import LoraOptions, demand_lora
 from gammac.passes.training.options import AS_WEIGHTS, DsaQatOptions
 from gammac.passes.training.tasks import next_token, sequence_class
 from gammac.passes.training.trained import Trained, write_trained
@@ -67,7 +68,7 @@ class TrainRequest:
     classification it is a .jsonl file of labelled texts, of `length` tokens at most in training."""
 
     model: str
-    options: DsaQatOptions
+    options: DsaQatOptions | LoraOptions
     schedule: Schedule
     text: Path | None = None
     length: int = 256
@@ -107,7 +108,10 @@ def make_training(request: TrainRequest, cache: Path | None = None) -> Training:
     target = load_target(request.target, request.backend or None)
     folder = cache or default_cache()
     compiler = backend_of(target, folder).every_width
-    _demand_kernels(request.options, target, compiler)
+    if isinstance(request.options, LoraOptions):
+        demand_lora(request.options, target, compiler)
+    else:
+        _demand_kernels(request.options, target, compiler)
     split = _split(request)
     source = resolve(request.model, request.trust_remote_code)
     if split is not None:
@@ -176,9 +180,10 @@ def finetune(training: Training, out: Path, progress: Progress = no_progress) ->
     Raises CompileError; then nothing is left there.
     """
     check_writable(out, overwrite=False)
-    request = training.request
+    request, options = training.request, training.request.options
+    assert isinstance(options, DsaQatOptions)
     method = DsaQat(
-        training.module, training.ctx, request.options, sequence_class if training.split else next_token,
+        training.module, training.ctx, options, sequence_class if training.split else next_token,
         training.compiler, training.stored,
     )  # fmt: skip
     before = method.evaluate(training.held_out, quantized=False)
@@ -196,12 +201,12 @@ def finetune(training: Training, out: Path, progress: Progress = no_progress) ->
     weights = method.quantized()
     figures |= _efficiency(training, {n: q.format for n, q in weights.items()}, method)
     trained = Trained(
-        method.name, f"{request.options.average_bits:g}", {n: q.format.name for n, q in weights.items()},
-        method.activations(), {**asdict(request.options), **asdict(request.schedule)}, figures,
+        method.name, f"{options.average_bits:g}", {n: q.format.name for n, q in weights.items()},
+        method.activations(), {**asdict(options), **asdict(request.schedule)}, figures,
     )  # fmt: skip
     changed = {n: q.dequantize() for n, q in weights.items()} | method.floats()
     with staging(out, overwrite=False) as folder:
-        _write_model(training, changed, folder)
+        write_model(training, changed, folder)
         write_trained(folder, trained, weights)
         write_history(history, folder)
         if training.split:
@@ -235,7 +240,7 @@ def _efficiency(training: Training, formats: Mapping[str, Format], method: DsaQa
     }
 
 
-def _write_model(training: Training, changed: Mapping[str, torch.Tensor], folder: Path) -> None:
+def write_model(training: Training, changed: Mapping[str, torch.Tensor], folder: Path) -> None:
     """The model as transformers loads it, its weights what their codes stand for."""
     source = training.source
     with quiet():

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from gammac.diagnostics import CompileError
+from gammac.passes.add_adapters import AddAdapters
 from gammac.passes.adopt_trained import AdoptTrained, RoundTrainedInputs
 from gammac.passes.allocate import Allocate
 from gammac.passes.awq import Awq
@@ -44,7 +45,7 @@ _IN_ORDER: Final[tuple[type[Pass], ...]] = (
     FoldConstants, RaisePatterns, FoldNorms, Rotate, SmoothQuant, Awq, InsertKvCache, KeepPrecision,
     SplitRows, CollectGrams, CollectGuidedGrams, Incoherence, Candidates, *STRATEGIES.values(), Allocate,
     Refine, LearnRounding, Distill, AdoptTrained, Quantize, QuantizeActivations, RoundTrainedInputs,
-    LegalizeOnnx, LegalizeTvm,
+    AddAdapters, LegalizeOnnx, LegalizeTvm,
 )  # fmt: skip
 PASSES: Final[Mapping[str, type[Pass]]] = {p.name: p for p in _IN_ORDER}
 

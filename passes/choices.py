@@ -1,5 +1,6 @@
 """What a compile lets its user choose about the passes, and which passes follow from it."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from gammac.formats import (
     parse_format,
     parse_formats,
 )
+from gammac.passes.add_adapters import AddAdapters
 from gammac.passes.adopt_trained import AdoptTrained, RoundTrainedInputs
 from gammac.passes.allocate import QUALITY
 from gammac.passes.awq import Awq
@@ -27,6 +29,7 @@ from gammac.passes.quantizers import QUANTIZERS, Quip, make_quantizer
 from gammac.passes.refine import Refine
 from gammac.passes.sensitivity import STRATEGIES, Gamma
 from gammac.passes.smooth_quant import SmoothQuant
+from gammac.passes.training.adapters import ADAPTERS, read_adapters
 from gammac.passes.training.trained import digest_of_trained, read_trained
 from gammac.pipeline import Pass
 from gammac.targets.target import NO_EMITTER
@@ -71,6 +74,7 @@ class Choices:
     learn_rounding: bool = False
     distill: bool = False
     trained: str = ""  # the folder of a finished training, whose formats and codes are taken as they are
+    adapters: str = ""  # a file of adapters for a trained folder's codes, in place of its own
 
 
 def with_sparsity(formats: str, sparsity: str) -> str:
@@ -224,4 +228,24 @@ def adopted_of(choices: Choices, emitter: str, compiler: bool) -> tuple[Pass, ..
     for name, how in trained.activations.items():
         demand_activations(int(how["bits"]), [parse_format(trained.formats[name])], emitter, compiler)
     rounded = (RoundTrainedInputs(choices.trained, digest),) if trained.activations else ()
-    return (AdoptTrained(choices.trained, digest, compiler), Quantize(), *rounded)
+    beside = adapters_of(choices, emitter)
+    return (AdoptTrained(choices.trained, digest, compiler), Quantize(), *rounded, *beside)
+
+
+def adapters_of(choices: Choices, emitter: str) -> tuple[AddAdapters, ...]:
+    """The pass that adds the adapters of a trained folder, or others of the same base; or nothing.
+
+    Raises CompileError where the emitter does not run them.
+    """
+    if not choices.trained:
+        return ()
+    file = Path(choices.adapters) if choices.adapters else Path(choices.trained) / ADAPTERS
+    if not choices.adapters and not file.is_file():
+        return ()
+    read_adapters(file)
+    if emitter not in RUN_ACTIVATIONS:
+        raise CompileError(
+            f"the emitter {emitter} runs no adapters beside quantized weights",
+            hint="onnx does; or gammac finetune --merge",
+        )
+    return (AddAdapters(str(file), hashlib.sha256(file.read_bytes()).hexdigest()),)

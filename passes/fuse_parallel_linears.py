@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import torch
 
@@ -23,6 +23,9 @@ from gammac.formats import concat_rows, load_float, load_quantized, stored_forma
 from gammac.ir import Builder, Function, Module, Op, Operand, Value, Weight, WeightRef, rewrite
 from gammac.pipeline import Context, Invariant
 from gammac.weights import WeightStore
+
+# what a fused weight has from the first of its parts
+KEPT: Final = ("stored", "role", "format", "quantizer", "serves", "adapter")
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,8 @@ def _parallel(function: Function, module: Module, apart: set[Op]) -> list[list[O
         format_ = stored_format(weight)
         if format_ is not None and not format_.by_rows:
             continue
-        key = (op.operands[0], weight.attrs.get("stored"), weight.attrs.get("role"), len(op.operands))
+        alike = (weight.attrs.get(attr) for attr in ("stored", "role", "adapter"))
+        key = (op.operands[0], len(op.operands), *alike)
         groups.setdefault(key, []).append(op)
     return [group for group in groups.values() if len(group) > 1]
 
@@ -146,7 +150,7 @@ def _joined(weights: list[Weight], store: WeightStore, made: dict[str, Weight]) 
         sizes = [w.type.shape[0] for w in weights]
         rows = sum(size for size in sizes if isinstance(size, int))
         type_ = weights[0].type.with_shape(rows, *weights[0].type.shape[1:])
-        attrs = {k: v for k, v in weights[0].attrs.items() if k in ("stored", "role", "format", "quantizer")}
+        attrs = {k: v for k, v in weights[0].attrs.items() if k in KEPT}
         parts = tuple(w.name for w in weights)
         made[name] = Weight(name, type_, store.put(arrays), {**attrs, "parts": parts})
     return made[name]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # fields of Choices that sweep does not let choose
 CHOSEN: Final = (
     "strategy", "inputs", "learn_rounding", "distill", "smooth_quant", "smooth_alpha", "activations",
-    "objective",
+    "adapters", "objective",
 )  # fmt: skip
 BUDGET: Final = "3"
 
@@ -93,6 +93,12 @@ class StrategyOption(click.Option):
 )
 @limit_options
 @shared_options
+@click.option(
+    "--adapters",
+    default="",
+    metavar="FILE",
+    help="MODEL is a folder of gammac finetune --method qlora: these of the same base, not its own.",
+)
 @click.option("--seed", default=0, show_default=True)
 @click.option(
     "--dump-ir", type=click.Path(path_type=Path), metavar="DIR", help="Write a numbered .gir after each pass."

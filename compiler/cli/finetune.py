@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gammac.cli.console import ERR, OUT, show_progress
+from gammac.cli.lora import OWN, demand_own, lora_options, run_lora
 
 if TYPE_CHECKING:
     from gammac.training import Finetuned
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
 
 @click.command("finetune")
 @click.argument("model")
-@click.option("--method", type=click.Choice(["dsa-qat"]), default="dsa-qat", show_default=True)
+@click.option(
+    "--method", type=click.Choice(["dsa-qat", "qlora", "ir-qlora"]), default="dsa-qat", show_default=True
+)
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The trained folder.")
 @click.option(
     "--task",
@@ -39,7 +42,8 @@ if TYPE_CHECKING:
     "--formats",
     default="w2g64,w3g64,w4g64,w6g64,w8g64",
     show_default=True,
-    help="Formats that block linears may get; one alone is uniform training.",
+    help="Formats that block linears may get; one alone is uniform training. lora: one, the base's "
+    "(default: nf4g64-dq, nf4g64-icq).",
 )
 @click.option("--table-format", default="w8g64", show_default=True, help="Of embedding and head.")
 @click.option(
@@ -72,6 +76,7 @@ if TYPE_CHECKING:
 )
 @click.option("--cache", type=click.Path(path_type=Path), help="Where checkpoints are kept.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@lora_options
 def finetune_command(**options: Any) -> None:
     """Train MODEL with its quantization in the loop; `gammac compile OUT` makes the artifact of it.
 
@@ -82,6 +87,10 @@ def finetune_command(**options: Any) -> None:
     from gammac.runtime.staging import check_writable
     from gammac.training import TrainRequest, finetune, make_training
 
+    if options["method"] != "dsa-qat":
+        run_lora(options)
+        return
+    demand_own("dsa-qat", OWN)
     check_writable(options["out"], overwrite=False)
     own = ("average_bits", "activations", "clip", "controller", "cost", "trade_off", "every", "gamma")
     method = DsaQatOptions(

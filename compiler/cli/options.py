@@ -31,7 +31,7 @@ OPTIONS: Final = (
         "--quantizer",
         default="gptq",
         show_default=True,
-        help="gptq, rtn, awq or quip for integers; nf, db_llm, pb_llm, billm for formats of their own. "
+        help="gptq, rtn, awq or quip for integers; nf, icq, db_llm, pb_llm, billm for formats of their own. "
         "Options as in quip:greedy=9.",
     ),
     click.option(

@@ -5,6 +5,7 @@
     w4channel      one scale and zero point a row
     nf4g64         codes that name quantiles of a normal distribution, one f16 scale for each 64 inputs
     nf4g64-dq      the same with quantized scales
+    nf4g64-icq     the same around an offset for each 64 inputs, in 8 bits
     fdb2g64        two binary planes, an f16 scale for each of them and for each 64 inputs
     pb1.7g128      a tenth of the weights in 8 bits, the others binary; a bitmap says which
     bi1.1g128      binary with a second bit: a residual's sign in salient columns, elsewhere one of two scales
@@ -26,6 +27,7 @@ from gammac.formats.base import (
     spread,
 )
 from gammac.formats.binary_residual import BINARY_RESIDUAL, BinaryResidualFormat
+from gammac.formats.calibrated import CALIBRATED_NORMAL_FLOAT, CalibratedNormalFloat
 from gammac.formats.dual_binary import DUAL_BINARY, DualBinaryFormat
 from gammac.formats.integer import INTEGER, IntegerFormat
 from gammac.formats.names import parse_format, parse_formats
@@ -51,6 +53,7 @@ from gammac.formats.two_four import (
 
 __all__ = [
     "BINARY_RESIDUAL",
+    "CALIBRATED_NORMAL_FLOAT",
     "CHANNEL",
     "DOUBLE_NORMAL_FLOAT",
     "DUAL_BINARY",
@@ -62,6 +65,7 @@ __all__ = [
     "TRELLIS",
     "TWO_FOUR",
     "BinaryResidualFormat",
+    "CalibratedNormalFloat",
     "DoubleNormalFloat",
     "DualBinaryFormat",
     "Format",

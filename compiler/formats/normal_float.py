@@ -56,6 +56,24 @@ def nearest_level(values: Tensor, levels: Tensor) -> Tensor:
     return torch.bucketize(values, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
 
 
+def to_dynamic(
+    values: Tensor, dtype: torch.dtype = torch.float32, scales: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Values [rows, groups] as u8 indices of `dynamic_levels`, and the scale of each block of 256 of them:
+    its largest magnitude, unless `scales` are given."""
+    flat = values.flatten()
+    blocks = torch.nn.functional.pad(flat, (0, -len(flat) % DOUBLE_BLOCK)).reshape(-1, DOUBLE_BLOCK)
+    largest = blocks.abs().amax(1).to(dtype) if scales is None else scales
+    codes = nearest_level(blocks / largest.float().clamp(min=1e-30)[:, None], dynamic_levels())
+    return codes.flatten()[: len(flat)].reshape(values.shape), largest
+
+
+def from_dynamic(codes: Tensor, block_scales: Tensor) -> Tensor:
+    """The inverse of `to_dynamic`, f32 [rows, groups]."""
+    by_block = block_scales.float().repeat_interleave(DOUBLE_BLOCK)[: codes.numel()]
+    return dynamic_levels()[codes.long()] * by_block.reshape(codes.shape)
+
+
 @dataclass(frozen=True)
 class NormalFloat(Format):
     """Parts: codes u8 [rows, columns], indices of `normal_levels`; scales f16 [rows, groups], the largest
@@ -126,16 +144,10 @@ class DoubleNormalFloat(NormalFloat):
 
     def scales_of(self, parts: Parts) -> Tensor:
         """f32 [rows, groups]."""
-        codes = parts["scales"]
-        by_block = parts["block_scales"].repeat_interleave(DOUBLE_BLOCK)[: codes.numel()]
-        return dynamic_levels()[codes.long()] * by_block.reshape(codes.shape) + parts["mean"]
+        return from_dynamic(parts["scales"], parts["block_scales"]) + parts["mean"]
 
     def scale_parts(self, scales: Tensor) -> dict[str, Tensor]:
         """Scales [rows, groups] as they are stored: every part but the codes."""
         mean = scales.float().mean().reshape(1)
-        flat = (scales.float() - mean).flatten()
-        blocks = torch.nn.functional.pad(flat, (0, -len(flat) % DOUBLE_BLOCK)).reshape(-1, DOUBLE_BLOCK)
-        largest = blocks.abs().amax(1, keepdim=True)
-        codes = nearest_level(blocks / largest.clamp(min=1e-30), dynamic_levels())
-        stored = codes.flatten()[: len(flat)].reshape(scales.shape)
-        return {"scales": stored, "block_scales": largest[:, 0].contiguous(), "mean": mean}
+        codes, block_scales = to_dynamic(scales.float() - mean)
+        return {"scales": codes, "block_scales": block_scales, "mean": mean}

@@ -12,6 +12,7 @@ from gammac.passes.quantizers.awq import Awq
 from gammac.passes.quantizers.billm import BiLlm
 from gammac.passes.quantizers.db_llm import DbLlm
 from gammac.passes.quantizers.gptq import Gptq
+from gammac.passes.quantizers.icq import Icq
 from gammac.passes.quantizers.nf import Nf
 from gammac.passes.quantizers.pb_llm import PbLlm
 from gammac.passes.quantizers.quip import Quip
@@ -36,7 +37,7 @@ class Quantizer(Protocol):
 
 
 QUANTIZERS: Final[dict[str, type[Quantizer]]] = {
-    q.name: q for q in (Rtn, Gptq, Awq, Quip, Nf, DbLlm, PbLlm, BiLlm, Tcq)
+    q.name: q for q in (Rtn, Gptq, Awq, Quip, Nf, Icq, DbLlm, PbLlm, BiLlm, Tcq)
 }
 
 
@@ -79,6 +80,7 @@ __all__ = [
     "BiLlm",
     "DbLlm",
     "Gptq",
+    "Icq",
     "Nf",
     "PbLlm",
     "Quantizer",

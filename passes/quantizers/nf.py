@@ -33,7 +33,7 @@ class Nf:
             assert isinstance(format_, NormalFloat), f"{format_.name} has no normal levels"
             stored = _absmax(weight, format_)
             columns = weight.shape[1]
-            scales = spread(_divisors(format_, stored), format_.inputs_per_scale(columns), columns)
+            scales = spread(divisors(format_, stored), format_.inputs_per_scale(columns), columns)
             codes = nearest_level(weight / scales, normal_levels(format_.bits))
             found.append(format_.quantized(codes, stored))
         return found
@@ -53,6 +53,7 @@ def _absmax(weight: Tensor, format_: NormalFloat) -> dict[str, Tensor]:
     return format_.scale_parts(groups.abs().amax(-1).clamp(min=SMALLEST_SCALE))
 
 
-def _divisors(format_: NormalFloat, stored: dict[str, Tensor]) -> Tensor:
+def divisors(format_: NormalFloat, stored: dict[str, Tensor]) -> Tensor:
+    """Scales f32 [rows, groups] that can be divided by."""
     scales = format_.scales_of(stored)  # doubly quantized ones may come out as nothing, or less
     return torch.where(scales.abs() < SMALLEST_SCALE, SMALLEST_SCALE, scales)

@@ -18,6 +18,8 @@ from gammac.targets.target import BLOCK
 ChangeInput = Callable[[str, Tensor], Tensor]
 # an op with its operands and results, as they were computed
 Watch = Callable[[Op, list[Tensor], tuple[Tensor, ...]], None]
+# an op with its operands, to what it gets in their place
+Adjust = Callable[[Op, list[Tensor]], list[Tensor]]
 
 
 def block_weight(op: Op, module: Module) -> str:
@@ -40,7 +42,7 @@ class TrainingGraph:
 
     def run(
         self, tokens: Tensor, weights: Weights, change: ChangeInput | None = None, watch: Watch | None = None,
-        inputs: Mapping[str, Tensor] | None = None,
+        inputs: Mapping[str, Tensor] | None = None, adjust: Adjust | None = None,
     ) -> Tensor:  # fmt: skip
         """The first result for tokens i64 [batch, seq]. Linears that read one value share what it became."""
         env, sizes = bind(self.function, inputs or inputs_of(self.function, tokens))
@@ -52,6 +54,7 @@ class TrainingGraph:
                 if source not in changed:
                     changed[source] = change(name, operands[0])
                 operands[0] = changed[source]
+            operands = adjust(op, operands) if adjust else operands
             results = run_op(op, operands, sizes)
             if watch:
                 watch(op, operands, results)

@@ -22,8 +22,6 @@ from gammac.files import write_atomically
 from gammac.passes.training.adam import Adam, clip_norm
 from gammac.progress import Progress, no_progress
 
-WARMUP: Final = 0.05  # of the steps
-FLOOR: Final = 0.1  # of the rate is left at the end
 CHECKPOINT: Final = "checkpoint.safetensors"
 
 Row = dict[str, Any]
@@ -85,8 +83,9 @@ def shuffled(count: int, seed: int, turn: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast: `tokens` in all, `batch` windows a step; the rate rises linearly for a twentieth
-    of the steps and falls as a cosine to a tenth. `save_every` steps a checkpoint is written."""
+    """How long and how fast: `tokens` in all, `batch` windows a step; the rate rises linearly for `warmup` of
+    the steps and falls as a cosine to `floor` of it, or stays, with a floor of 1. `save_every` steps a
+    checkpoint is written."""
 
     tokens: int
     batch: int = 4
@@ -95,14 +94,16 @@ class Schedule:
     clip_norm: float = 1.0
     seed: int = 0
     save_every: int = 50
+    warmup: float = 0.05
+    floor: float = 0.1
 
     def rate_at(self, step: int, steps: int) -> float:
         """The rate of a step, which counts from zero."""
-        warm = max(1, round(WARMUP * steps))
+        warm = max(1, round(self.warmup * steps))
         if step < warm:
             return self.rate * (step + 1) / warm
         share = (step - warm) / max(1, steps - warm)
-        return self.rate * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * share)))
+        return self.rate * (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * share)))
 
 
 class Method(Protocol):
