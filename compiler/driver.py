@@ -367,6 +367,17 @@ def fallbacks(plan: Plan, module: Module) -> Iterator[tuple[str, str]]:
             yield name, f"{' or '.join(asked)} does not fit {_columns(weight)} inputs: {stored}"
 
 
+def never_run(plan: Plan, module: Module) -> Iterator[str]:
+    """The formats that a user listed for blocks and that no weight could have."""
+    choices, target = plan.request.choices, plan.target
+    if choices.block == Choices().block or choices.trained:
+        return
+    widths = {_columns(w) for w in module.weights.values() if w.attrs.get("role") == BLOCK}
+    for format_ in parse_formats(choices.block):
+        if not any(target.fit(format_, BLOCK, columns, compiler=plan.compiler) for columns in widths):
+            yield format_.name
+
+
 def notes_on(plan: Plan, module: Module) -> Iterator[str]:
     """What a user should know and might not expect."""
     left = list(not_quantized(module))
@@ -375,6 +386,9 @@ def notes_on(plan: Plan, module: Module) -> Iterator[str]:
     changed = list(fallbacks(plan, module))
     if changed:
         yield f"{len(changed)} weights got another group size: {changed[0][0]}: {changed[0][1]}"
+    unused = list(never_run(plan, module))
+    if unused:
+        yield f"{plan.target.name} ({plan.target.emitter}) runs {', '.join(unused)} on none of the weights"
     rounded = {op.attrs["bits"] for op in emitted_function(module).ops if op.name == "fake_quantize"}
     if rounded:
         yield f"linears of blocks read activations of {', '.join(sorted(map(str, rounded)))} bits"

@@ -1,6 +1,7 @@
 """ONNX artifacts for the CUDA provider. Its graphs run on the processor here, in the same types."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,11 @@ from onnx_models import Shape, cached_inputs, decoder, quantized
 
 from gammac.backends import backend_of
 from gammac.diagnostics import CompileError
+from gammac.driver import Request, make_plan, never_run
 from gammac.formats import load_float, parse_format
 from gammac.ir import Module
 from gammac.ir.interpret import run
+from gammac.passes import Choices
 from gammac.passes.legalize_onnx import LegalizeOnnx
 from gammac.pipeline import Context
 from gammac.runtime import session as sessions
@@ -119,3 +122,10 @@ def test_what_it_refuses(tmp_path: Path) -> None:
     text = target_text("cuda").replace('provider = "cuda"', 'provider = "rocm"')
     with pytest.raises(CompileError, match="provider is cpu or cuda, not 'rocm'"):
         parse_target(text, "own.toml", "onnx")
+
+
+def test_a_listed_format_that_no_weight_can_have_is_named(tmp_path: Path) -> None:
+    choices = Choices(block="w3g64+w4g64+w8g64", strategy="weight_mse")
+    plan = make_plan(Request("tiny", "cuda", "5", choices, backend="onnx"), tmp_path)
+    assert list(never_run(plan, plan.module)) == ["w3g64"]
+    assert list(never_run(replace(plan, request=Request("tiny")), plan.module)) == []
