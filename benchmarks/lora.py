@@ -21,7 +21,7 @@ from gammac.formats import load_float
 from gammac.lora_training import base_of, context_of
 from gammac.passes.quantizers.icq import entropies
 from gammac.passes.training.lora import Lora
-from gammac.passes.training.lora_options import IR_QLORA, QLORA, LoraOptions
+from gammac.passes.training.lora_options import IR_QLORA, QLORA, SCHEDULE, LoraOptions
 from gammac.passes.training.trainer import Data, Schedule, Trainer
 from gammac.texts import read_text, token_windows
 from gammac.training import TrainRequest, make_training
@@ -42,7 +42,7 @@ class Scores(NamedTuple):
 def rows_of(args: argparse.Namespace, method: str, bits: int, seed: int) -> Iterator[tuple[str, str, Scores]]:
     """A base, and what tuning makes of it."""
     options = LoraOptions(method, BASES[method].format(bits), rank=args.rank)
-    schedule = Schedule(args.tokens, rate=args.rate, seed=seed)
+    schedule = Schedule(args.tokens, rate=args.rate, seed=seed, **SCHEDULE)
     training = make_training(
         TrainRequest(args.model, options, schedule, args.text, args.length, target="reference")
     )

@@ -88,7 +88,7 @@ def finetune_command(**options: Any) -> None:
     from gammac.training import TrainRequest, finetune, make_training
 
     if options["method"] != "dsa-qat":
-        run_lora(options)
+        _draw(run_lora(options))
         return
     demand_own("dsa-qat", OWN)
     check_writable(options["out"], overwrite=False)

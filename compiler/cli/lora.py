@@ -57,10 +57,10 @@ def demand_own(method: str, foreign: tuple[str, ...]) -> None:
         )
 
 
-def run_lora(options: Mapping[str, Any]) -> None:
-    """Train adapters as the options say. Raises CompileError."""
+def run_lora(options: Mapping[str, Any]) -> "Finetuned":
+    """Train adapters as the options say, and say what came of it. Raises CompileError."""
     from gammac.lora_training import finetune_lora
-    from gammac.passes.training.lora_options import LoraOptions
+    from gammac.passes.training.lora_options import SCHEDULE, LoraOptions
     from gammac.passes.training.trainer import Schedule
     from gammac.runtime.staging import check_writable
     from gammac.training import TrainRequest, make_training
@@ -72,14 +72,16 @@ def run_lora(options: Mapping[str, Any]) -> None:
         options["table_format"], **{name: options[name] for name in OWN},
     )  # fmt: skip
     timed = ("tokens", "batch", "rate", "seed", "save_every")
-    schedule = Schedule(**{name: options[name] for name in timed}, clip_norm=0.3, warmup=0.03, floor=1.0)
+    schedule = Schedule(**{name: options[name] for name in timed}, **SCHEDULE)
     request = TrainRequest(
         options["model"], method, schedule, options["text"], options["length"], options["target"],
         options["backend"] or "", options["trust_remote_code"],
     )  # fmt: skip
     with ERR.status("capturing the model"):
         training = make_training(request, options["cache"])
-    _print(finetune_lora(training, Path(options["out"]), options["cache"], show_progress))
+    found = finetune_lora(training, Path(options["out"]), options["cache"], show_progress)
+    _print(found)
+    return found
 
 
 def _print(found: "Finetuned") -> None:

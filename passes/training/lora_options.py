@@ -1,7 +1,8 @@
 """What a user chooses about low-rank adapters on a quantized base."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from gammac.diagnostics import CompileError
 from gammac.formats import Format, IntegerFormat, parse_formats
@@ -15,6 +16,8 @@ QLORA: Final = "qlora"
 IR_QLORA: Final = "ir-qlora"
 # method → the format of its paper's base
 BASES: Final = {QLORA: "nf4g64-dq", IR_QLORA: "nf4g64-icq"}
+# QLoRA's: gradients are cut, the rate rises for a few steps and stays
+SCHEDULE: Final[Mapping[str, Any]] = {"clip_norm": 0.3, "warmup": 0.03, "floor": 1.0}
 EMITTERS: Final = ("onnx", NO_EMITTER)  # that run a low-rank branch beside a quantized linear
 
 
