@@ -14,9 +14,10 @@ from gammac.passes.insert_kv_cache import InsertKvCache
 from gammac.passes.legalize_tvm import raised
 from gammac.passes.raise_patterns import RaisePatterns
 from gammac.pipeline import Context, Pipeline
+from gammac.processor import CPU
 from gammac.targets.onnx.any_bits import find_compiler
 from gammac.targets.onnx.library import library_builder
-from gammac.targets.target import HOST, Target
+from gammac.targets.target import Target
 from gammac.targets.tvm.names import ACTIVATIONS, FLOAT, INSTALL, INT8
 from gammac.weights import WeightStore
 
@@ -212,7 +213,7 @@ def backend_of(target: Target, cache: Path, *, portable: bool = False, product_i
 
 
 def _onnx(target: Target, cache: Path, portable: bool, product_inputs: str) -> OnnxBackend:
-    if target.provider != HOST:
+    if target.provider != CPU:
         if product_inputs == INT8:
             raise CompileError("CUDA's operators multiply floats", hint="leave --product-inputs out")
         return OnnxBackend(target, True, cache, FLOAT)

@@ -1,6 +1,12 @@
 """What the processor of this machine has."""
 
 from pathlib import Path
+from typing import Final
+
+# what runs ONNX Runtime's operators, as targets and artifacts spell it
+CPU: Final = "cpu"
+CUDA: Final = "cuda"
+PROVIDERS: Final = (CPU, CUDA)
 
 
 def host_flags() -> frozenset[str]:

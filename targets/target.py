@@ -15,13 +15,11 @@ from typing import Any, Final
 
 from gammac.diagnostics import CompileError
 from gammac.formats import CHANNEL, FALLBACK_GROUPS, INTEGER, Format, IntegerFormat
-from gammac.processor import host_flags
+from gammac.processor import CPU, PROVIDERS, host_flags
 
 BLOCK: Final = "block"
 TABLE: Final = "table"
 HOST: Final = "cpu"
-CUDA: Final = "cuda"
-PROVIDERS: Final = (HOST, CUDA)
 # what a short name stands for, besides `cpu`, which is this machine
 ALIASES: Final[Mapping[str, str]] = {"cuda": "cuda-sm80", "edge": "edge-aarch64-rpi5"}
 ANY: Final = "any"  # kind of formats of a kernel that runs them all, whatever its bits and groups
@@ -126,7 +124,7 @@ class Target:
     cpu: str = ""  # the core that code is for, as LLVM spells it, and what it has beyond that: "+dotprod"
     features: tuple[str, ...] = ()
     ghz: float = 0.0
-    provider: str = "cpu"  # of ONNX Runtime's operators: PROVIDERS
+    provider: str = CPU  # of ONNX Runtime's operators: PROVIDERS
     tie: bool = False  # linears that read the same value get one format, so that they fuse
     refusal: str = ""  # why nothing can be compiled for it
     last_logits: bool = False  # a prefill's logits are those of its last token alone

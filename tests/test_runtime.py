@@ -399,3 +399,8 @@ def test_ratios_are_of_rounds() -> None:
     rounds = bench_module.Rounds((2.0, 4.0, 9.0)), bench_module.Rounds((1.0, 4.0, 3.0))
     assert bench_module.ratio(*rounds) == 2.0 and rounds[0].median == 4.0
     assert all(a <= b for a, b in pairwise(rounds[0].values))
+
+
+def test_running_an_artifact_imports_no_torch() -> None:
+    told = "import sys, gammac.runtime.session, gammac.runtime.generate; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", told], check=False).returncode == 0

@@ -18,6 +18,7 @@ import psutil  # type: ignore[import-untyped]
 from onnxruntime.capi import onnxruntime_pybind11_state as errors  # type: ignore[import-untyped]
 
 from gammac.diagnostics import CompileError
+from gammac.processor import CPU, CUDA
 from gammac.runtime.artifact import MANIFEST, MODEL, Artifact, open_artifact
 from gammac.runtime.cache import (
     CPU_PROVIDER,
@@ -28,7 +29,6 @@ from gammac.runtime.cache import (
     SharedCache,
     cache_inputs,
 )
-from gammac.targets.target import CUDA, HOST
 
 Tokens = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
@@ -120,7 +120,7 @@ class OnnxModel:
     """Whether past and present may be one buffer, as GroupQueryAttention allows."""
 
     library: Path | None = None
-    provider: str = HOST
+    provider: str = CPU
     """What its operators are chosen for: cpu, or cuda, which this machine may lack."""
 
     head_size: int = 0
@@ -132,15 +132,14 @@ def model_of_artifact(artifact: Artifact) -> OnnxModel:
     manifest = artifact.manifest
     config = _genai_config(artifact.folder) if GENAI_CONFIG in manifest.files else {}
     shares = bool(config.get("search", {}).get("past_present_share_buffer", False))
-    provider = _provider(config) if config else HOST
     return OnnxModel(
-        artifact.path(MODEL), manifest.kind, manifest.context, shares, artifact.library, provider
+        artifact.path(MODEL), manifest.kind, manifest.context, shares, artifact.library, _provider(config)
     )
 
 
 def _provider(config: dict[str, Any]) -> str:
-    options = config["model"]["decoder"]["session_options"]["provider_options"]
-    return next((name for option in options for name in option), HOST)
+    options = config.get("model", {}).get("decoder", {}).get("session_options", {})
+    return next((name for option in options.get("provider_options", ()) for name in option), CPU)
 
 
 def model_of_genai_folder(folder: Path) -> OnnxModel:

@@ -13,12 +13,13 @@ import onnx_ir as ir
 
 from gammac.diagnostics import CompileError, Diagnostic
 from gammac.ir import Function, Module, Operand, Sym, TensorType, WeightRef
+from gammac.processor import CPU
 from gammac.targets.onnx.any_bits import OP_ZEROS, build_library, find_compiler, function_proto
 from gammac.targets.onnx.attention import MASK, caches_in_halves, positions, set_decoder_sizes
 from gammac.targets.onnx.genai import write_genai_config
 from gammac.targets.onnx.graph import DATA_NAME, OPSET, DataFile, GraphWriter
 from gammac.targets.onnx.lowerings import LOWERINGS
-from gammac.targets.target import HOST, Target
+from gammac.targets.target import Target
 from gammac.weights import WeightStore
 
 MODEL_NAME: Final = "model.onnx"
@@ -69,7 +70,7 @@ def emit(
     if function.name == "decode":
         name = library.name if library else None
         files.append(
-            write_genai_config(module, folder, library=name, provider=target.provider if target else HOST)
+            write_genai_config(module, folder, library=name, provider=target.provider if target else CPU)
         )
     return files
 

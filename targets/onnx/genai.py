@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from gammac.ir import Function, Module, Value
-from gammac.targets.target import HOST
+from gammac.processor import CPU
 
 CONFIG_NAME: Final = "genai_config.json"
 
 
 def write_genai_config(
-    module: Module, folder: Path, *, library: str | None = None, provider: str = HOST
+    module: Module, folder: Path, *, library: str | None = None, provider: str = CPU
 ) -> Path:
     """Write the configuration of a legalized decoder; `library` is the operator library beside the model."""
     path = folder / CONFIG_NAME
@@ -20,7 +20,7 @@ def write_genai_config(
     return path
 
 
-def genai_config(module: Module, library: str | None = None, provider: str = HOST) -> dict[str, Any]:
+def genai_config(module: Module, library: str | None = None, provider: str = CPU) -> dict[str, Any]:
     """The configuration as a dictionary, taken from the module's types and attributes."""
     attrs, eos = module.attrs, module.attrs.get("eos", ())
     context = attrs.get("max_positions", 0)
@@ -53,7 +53,7 @@ def _decoder(function: Function, library: str | None, provider: str) -> dict[str
     caches = [p for p in function.params if p.name.startswith("past_key.")]
     _, kv_heads, _, dim = caches[0].type.shape
     tables = [op.operands[1].type.shape[1] for op in function.ops if op.name == "embedding"]
-    providers: list[dict[str, Any]] = [] if provider == HOST else [{provider: {}}]
+    providers: list[dict[str, Any]] = [] if provider == CPU else [{provider: {}}]
     options: dict[str, Any] = {"log_id": "onnxruntime-genai", "provider_options": providers}
     if library is not None:
         options["custom_ops_library"] = library

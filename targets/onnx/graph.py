@@ -13,7 +13,8 @@ from onnx_ir.tape import Tape
 
 from gammac.formats import load_float
 from gammac.ir import Dim, Module, Operand, Sym, TensorType, Value, WeightRef
-from gammac.targets.target import CUDA, Target
+from gammac.processor import CUDA
+from gammac.targets.target import Target
 from gammac.weights import WeightStore
 
 Array = npt.NDArray[Any]
