@@ -12,10 +12,10 @@ import argparse
 import math
 import statistics
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Final, NamedTuple
 
 import torch
+from trained_on_text import judged_windows, parser_of
 
 from gammac.formats import load_float
 from gammac.lora_training import base_of, context_of
@@ -23,7 +23,6 @@ from gammac.passes.quantizers.icq import entropies
 from gammac.passes.training.lora import Lora
 from gammac.passes.training.lora_options import IR_QLORA, QLORA, SCHEDULE, LoraOptions
 from gammac.passes.training.trainer import Data, Schedule, Trainer
-from gammac.texts import read_text, token_windows
 from gammac.training import TrainRequest, make_training
 
 HEAD: Final = ("base", "tuning", "true bits", "entropy", "loss", "perplexity", "KL(original)")
@@ -48,11 +47,7 @@ def rows_of(args: argparse.Namespace, method: str, bits: int, seed: int) -> Iter
     )
     ctx = context_of(training, None)
     lora = Lora(training.module, ctx, options, base_of(training, ctx))
-    assert isinstance(training.held_out, Data)
-    test = training.held_out
-    if args.test:
-        tokenizer = training.source.tokenizer
-        test = Data(token_windows(read_text(args.test), tokenizer, args.length, args.windows, spread=True))
+    test = Data(judged_windows(args, training))
     original = {n: load_float(w, ctx.store) for n, w in training.module.weights.items()}.__getitem__
     if method == QLORA:
         yield "f32", "none", Scores(32, math.nan, lora.evaluate(test, original), 0)
@@ -77,19 +72,8 @@ def _by_group(codes: torch.Tensor, size: int = 64) -> torch.Tensor:
 
 def main() -> None:
     """One table, means over the seeds."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model")
-    parser.add_argument("--text", type=Path, help="trained on (default: the text that gammac ships)")
-    parser.add_argument("--test", type=Path, help="judged on (default: a sixteenth of that text)")
-    parser.add_argument("--tokens", type=int, default=200_000)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    parser = parser_of(__doc__, [4, 3, 2])
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--rate", type=float, default=3e-4)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--windows", type=int, default=128, help="of the test text")
     args = parser.parse_args()
     found: dict[tuple[str, str], list[Scores]] = {}
     for seed in args.seeds:

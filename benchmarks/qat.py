@@ -9,16 +9,15 @@ in all rows. Two more tables: when the controller moved widths, and λ against a
 Run: python benchmarks/qat.py tiny --text TRAIN --test TEST --tokens 200000 --bits 4 6 [--seeds 0 1 2]
 """
 
-import argparse
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Final
 
 import torch
 from torch import Tensor
+from trained_on_text import judged_windows, parser_of
 
 from gammac.formats import Format, Quantized, parse_format
 from gammac.passes.quantizers import make_quantizer
@@ -27,11 +26,11 @@ from gammac.passes.training.graph import TrainingGraph, block_weight
 from gammac.passes.training.options import DsaQatOptions
 from gammac.passes.training.tasks import TaskLoss, next_token
 from gammac.passes.training.trainer import Data, Row, Schedule, Trainer
-from gammac.texts import read_text, token_windows
 from gammac.training import Training, TrainRequest, make_training
 
 CALIBRATION: Final = 32  # windows for GPTQ's Gram matrices
 BATCH: Final = 8
+LOOKS: Final = 10  # of the controller, at least
 TRADE_OFFS: Final = (0.01, 0.1, 1.0, 10.0, 100.0)
 HEAD: Final = ("bits", "method", "average bits", "loss", "perplexity", "KL(original)", "KL(tuned)")
 
@@ -100,6 +99,8 @@ class Bench:
     histories: list[tuple[str, list[Row]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        steps = self.training.used.steps(self.schedule.tokens, self.schedule.batch)
+        self.every = max(1, min(DsaQatOptions().every, steps // LOOKS))
         self.module = self.training.module
         plain = FullPrecision(self.training, DsaQatOptions())
         original = copied(plain)
@@ -119,9 +120,9 @@ class Bench:
                 for quantizer in ("rtn", "gptq"):
                     rounded = self.rounded(weights, grams, quantizer, width)
                     self.add(f"{width:g}", f"{quantizer.upper()} of {what}", width, rounded)
-            static = DsaQatOptions(average_bits=width, formats=f"w{width:g}g64")
+            static = DsaQatOptions(average_bits=width, formats=f"w{width:g}g64", every=self.every)
             self.train(f"{width:g}", "static QAT", static)
-            dynamic = DsaQatOptions(average_bits=width)
+            dynamic = DsaQatOptions(average_bits=width, every=self.every)
             self.train(f"{width:g}", "DSA-QAT", dynamic)
             self.train(f"{width:g}", "DSA-QAT, reversed", replace(dynamic, reverse=True))
 
@@ -176,7 +177,7 @@ class Bench:
     def trade_offs(self) -> Iterator[tuple[float, float, float]]:
         """λ with the average bits before the first step and behind the last one."""
         for trade_off in TRADE_OFFS:
-            method = self.method(DsaQatOptions(average_bits=8, trade_off=trade_off))
+            method = self.method(DsaQatOptions(average_bits=8, trade_off=trade_off, every=self.every))
             short = replace(self.schedule, tokens=self.schedule.tokens // 8)
             history = Trainer(method, self.training.used, short).run()
             yield trade_off, history[0]["average_bits"], history[-1]["average_bits"]
@@ -219,19 +220,7 @@ def settled(histories: Sequence[tuple[str, Sequence[Row]]]) -> str:
 
 def main() -> None:
     """The three tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model")
-    parser.add_argument("--text", type=Path, help="trained on (default: the text that gammac ships)")
-    parser.add_argument("--test", type=Path, help="judged on (default: a sixteenth of that text)")
-    parser.add_argument("--tokens", type=int, default=200_000)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--bits", type=float, nargs="+", default=[4, 6])
-    parser.add_argument("--rate", type=float, default=3e-4)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--windows", type=int, default=128, help="of the test text")
-    args = parser.parse_args()
+    args = parser_of(__doc__, [4.0, 6.0]).parse_args()
     rows: dict[tuple[str, str], list[tuple[float, Scores]]] = {}
     histories: list[tuple[str, list[Row]]] = []
     for seed in args.seeds:
@@ -240,11 +229,7 @@ def main() -> None:
             args.model, DsaQatOptions(), schedule, args.text, args.length, target="reference"
         )
         training = make_training(request)
-        test = next(training.held_out.parts(args.windows)).tokens
-        if args.test:
-            test = token_windows(
-                read_text(args.test), training.source.tokenizer, args.length, args.windows, spread=True
-            )
+        test = judged_windows(args, training)
         bench = Bench(training, schedule, test, rows, histories)
         bench.run(args.bits)
     print(f"\n{args.model}, {args.tokens} tokens, {len(args.seeds)} seeds\n\n{table(rows)}\n")

@@ -26,7 +26,7 @@ HEAD: Final = (
 
 
 def row(ours: Timed, peer: Timed, threads: int) -> list[str]:
-    """The cells of one comparison. GB/s: the size times the decode rate, as if every byte were read once."""
+    """The cells of one comparison."""
     load, load_peer = ours.load, peer.load
     return [
         ours.contestant.label,
@@ -42,7 +42,7 @@ def row(ours: Timed, peer: Timed, threads: int) -> list[str]:
         both(load.first_token_seconds, load_peer.first_token_seconds, digits=2),
         both(load.peak_rss_bytes / 1e6, load_peer.peak_rss_bytes / 1e6, digits=0),
         both(ours.size_bytes / 1e6, peer.size_bytes / 1e6, digits=1),
-        both(*(t.size_bytes * t.decode.median / 1e9 for t in (ours, peer)), digits=1),
+        both(ours.bytes_per_second / 1e9, peer.bytes_per_second / 1e9, digits=1),
     ]
 
 

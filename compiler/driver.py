@@ -5,10 +5,10 @@ capture → passes → emit → check against the original → seal
 
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from gammac.backends import Backend, backend_of
 from gammac.budget import SIZE, Budget, parse_budgets
@@ -22,6 +22,7 @@ from gammac.ir import Module, to_text
 from gammac.models_zoo.fetch import default_cache, fetch
 from gammac.models_zoo.registry import MODELS
 from gammac.models_zoo.texts import default_calibration_text
+from gammac.notes import fallbacks, not_quantized, notes_on
 from gammac.passes import Choices, default_pipeline, refine_of, strategy_of
 from gammac.passes.allocate import check_objective
 from gammac.passes.finetune import Distill
@@ -55,8 +56,6 @@ SIZE_TRIES: Final = 3
 # of a check that runs a GPU's kernels as loops
 LIBRARY_SUFFIXES: Final = (".so", ".dylib", ".dll")
 MODULE: Final = "module.gir"
-ADAPTER: Final = "of a low-rank adapter"
-NO_ROLE: Final = "neither a block's linear, nor the token embedding, nor the head"
 
 
 @dataclass(frozen=True)
@@ -250,7 +249,10 @@ def compile_model(
         manifest = seal(folder, manifest)
     cost = module_cost(written.module, plan.target)
     seconds = time.perf_counter() - started + plan.capture_seconds
-    notes = (*notes_on(plan, written.module), *filter(None, [checked.note]))
+    notes = (
+        *notes_on(plan.request.choices, plan.target, written.module, compiler=plan.compiler),
+        *filter(None, [checked.note]),
+    )
     found = (checked.check, tuple(steps), notes, seconds, plan.backend.elsewhere)
     return Compiled(out, written.module, manifest, cost, *found)
 
@@ -324,8 +326,9 @@ def manifest_of(plan: Plan, written: Written) -> Manifest:
         allocation={n: str(w.attrs["stored"]) for n, w in weights.items()},
         predicted={"seconds_per_token": round(cost.decode_seconds, 9), "peak_bytes": cost.peak_bytes},
         not_quantized=dict(not_quantized(module)),
-        fallbacks=dict(fallbacks(plan, module)),
+        fallbacks=dict(fallbacks(plan.request.choices, module)),
         library=written.library,
+        provider=plan.target.provider,
         labels=labels_of(module),
         activations=plan.backend.activations,
         code=plan.backend.code,
@@ -343,58 +346,3 @@ def labels_of(module: Module) -> tuple[str, ...]:
 def model_digest(module: Module) -> str:
     """One digest of all source weights."""
     return "sha256:" + key_of(*sorted(f"{n}={w.digest}" for n, w in module.weights.items()))
-
-
-def not_quantized(module: Module) -> Iterator[tuple[str, str]]:
-    """Weights of two dimensions that stay floats, and why."""
-    for name, weight in module.weights.items():
-        if weight.type.rank == 2 and "stored" not in weight.attrs:
-            served = ADAPTER if "adapter" in weight.attrs else "a factor of incoherence"
-            yield name, served if "serves" in weight.attrs else NO_ROLE
-
-
-def fallbacks(plan: Plan, module: Module) -> Iterator[tuple[str, str]]:
-    """Weights whose group size is not one that was asked for."""
-    choices = plan.request.choices
-    if choices.trained:
-        return  # its formats are those that were asked for
-    for name, weight in module.weights.items():
-        stored = weight.attrs.get("stored")
-        wished = parse_formats(choices.block if weight.attrs.get("role") == "block" else choices.table)
-        if stored is not None and stored not in {f.name for f in wished}:
-            found = parse_format(str(stored))
-            asked = [f.name for f in wished if f.with_group(found.group) == found]
-            yield name, f"{' or '.join(asked)} does not fit {_columns(weight)} inputs: {stored}"
-
-
-def never_run(plan: Plan, module: Module) -> Iterator[str]:
-    """The formats that a user listed for blocks and that no weight could have."""
-    choices, target = plan.request.choices, plan.target
-    if choices.block == Choices().block or choices.trained:
-        return
-    widths = {_columns(w) for w in module.weights.values() if w.attrs.get("role") == BLOCK}
-    for format_ in parse_formats(choices.block):
-        if not any(target.fit(format_, BLOCK, columns, compiler=plan.compiler) for columns in widths):
-            yield format_.name
-
-
-def notes_on(plan: Plan, module: Module) -> Iterator[str]:
-    """What a user should know and might not expect."""
-    left = list(not_quantized(module))
-    if left:
-        yield f"{len(left)} weights stay f32: {', '.join(name for name, _ in left)}"
-    changed = list(fallbacks(plan, module))
-    if changed:
-        yield f"{len(changed)} weights got another group size: {changed[0][0]}: {changed[0][1]}"
-    unused = list(never_run(plan, module))
-    if unused:
-        yield f"{plan.target.name} ({plan.target.emitter}) runs {', '.join(unused)} on none of the weights"
-    rounded = {op.attrs["bits"] for op in emitted_function(module).ops if op.name == "fake_quantize"}
-    if rounded:
-        yield f"linears of blocks read activations of {', '.join(sorted(map(str, rounded)))} bits"
-    if not plan.compiler and not plan.request.choices.trained:
-        yield "no C++ compiler: rows are split between 2, 4 and 8 bits; with one, every width has a kernel"
-
-
-def _columns(weight: Any) -> int:
-    return int(weight.type.shape[-1])

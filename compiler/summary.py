@@ -98,5 +98,6 @@ def side_by_side(found: Sequence[Timed]) -> dict[str, dict[str, float]]:
             "memory ratio": ours.load.peak_rss_bytes / timed.load.peak_rss_bytes,
             "size MB": timed.size_bytes / 1e6,
             "size ratio": ours.size_bytes / timed.size_bytes,
+            "GB/s": timed.bytes_per_second / 1e9,
         }
     return rows

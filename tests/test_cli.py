@@ -138,6 +138,8 @@ def test_bench_beside_peers(gammac: Run, artifact: Path, tmp_path: Path) -> None
     )
     assert list(found) == [artifact.name, str(twin)]
     assert found[str(twin)]["size ratio"] == 1.0
+    size, rate = found[str(twin)]["size MB"], found[str(twin)]["decode tokens/s"]
+    assert found[str(twin)]["GB/s"] == pytest.approx(size * rate / 1e3)
     assert found[str(twin)]["decode ratio"] == pytest.approx(
         found[artifact.name]["decode tokens/s"] / found[str(twin)]["decode tokens/s"]
     )

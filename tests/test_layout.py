@@ -28,7 +28,7 @@ LAYERS = [
     ["gammac.frontend"],
     ["gammac.runtime"],
     ["gammac.backends", "gammac.room"],
-    ["gammac.closing_check", "gammac.trained_model"],
+    ["gammac.closing_check", "gammac.notes", "gammac.trained_model"],
     ["gammac.driver", "gammac.summary"],
     ["gammac.dryrun", "gammac.evaluation", "gammac.explain", "gammac.calibrate", "gammac.peers"],
     ["gammac.sparsify", "gammac.classification"],

@@ -13,6 +13,7 @@ from llama_module import VOCAB, llama
 from runtime_models import llama as transformers_llama
 from runtime_models import tokenizer
 from safetensors.torch import load_file
+from training_runs import killed_and_resumed
 
 from gammac.cli import main
 from gammac.diagnostics import CompileError
@@ -100,10 +101,6 @@ def test_dropout_changes_what_adapters_read_and_nothing_else() -> None:
     assert losses[0] == losses[1] != losses[2]
 
 
-class _Killed(Exception):
-    pass
-
-
 def test_a_killed_run_goes_on_bit_by_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     schedule = Schedule(12 * 4 * 16, batch=4, rate=3e-3, save_every=5)
 
@@ -111,19 +108,8 @@ def test_a_killed_run_goes_on_bit_by_bit(tmp_path: Path, monkeypatch: pytest.Mon
         method = _method(dropout=0.1)
         return method, Trainer(method, _data(), schedule, folder).run()
 
-    whole, history = trained(None)
-    original = Trainer._step
-
-    def dying(self: Trainer, step: int) -> None:
-        if step == 8:
-            raise _Killed
-        original(self, step)
-
-    monkeypatch.setattr(Trainer, "_step", dying)
-    with pytest.raises(_Killed):
-        trained(tmp_path)
-    monkeypatch.setattr(Trainer, "_step", original)
-    resumed, again = trained(tmp_path)
+    (whole, history), (resumed, again), steps = killed_and_resumed(trained, tmp_path, monkeypatch)
+    assert steps == list(range(5, 12))
     assert json.dumps(again) == json.dumps(history)
     write_adapters(tmp_path / "whole", whole.adapters())
     write_adapters(tmp_path / "resumed", resumed.adapters())

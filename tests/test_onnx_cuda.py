@@ -1,7 +1,6 @@
 """ONNX artifacts for the CUDA provider. Its graphs run on the processor here, in the same types."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +8,17 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from click.testing import CliRunner
 from onnx_models import Shape, cached_inputs, decoder, quantized
 
 from gammac.backends import backend_of
+from gammac.cli import main
 from gammac.diagnostics import CompileError
-from gammac.driver import Request, make_plan, never_run
+from gammac.driver import Request, compile_model, make_plan
 from gammac.formats import load_float, parse_format
 from gammac.ir import Module
 from gammac.ir.interpret import run
+from gammac.notes import never_run
 from gammac.passes import Choices
 from gammac.passes.legalize_onnx import LegalizeOnnx
 from gammac.pipeline import Context
@@ -65,6 +67,22 @@ def test_the_cache_is_in_halves_and_the_rest_as_the_module_says(
             worst = max(worst, float((torch.from_numpy(array).float() - tensor).std() / tensor.std()))
         past += seq
     assert 1e-6 < worst < HALF
+
+
+def test_a_machine_without_cuda_says_so_and_measures_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GAMMAC_CACHE", str(tmp_path / "cache"))
+    choices = Choices(block="w4g64", strategy="weight_mse", quantizer="rtn")
+    plan = make_plan(Request("tiny", "cuda", "4", choices, backend="onnx"), tmp_path / "cache")
+    compiled = compile_model(plan, tmp_path / "out")
+    assert compiled.manifest.provider == "cuda"
+    monkeypatch.setattr(sessions.ort, "get_available_providers", lambda: [CPU_PROVIDER])
+    out = str(tmp_path / "out")
+    run = CliRunner().invoke(main, ["run", out, "--prompt", "The", "--max-new-tokens", "2"])
+    assert run.exit_code == 0 and "the processor runs it" in " ".join(run.stderr.split())
+    bench = CliRunner().invoke(main, ["bench", out])
+    assert bench.exit_code == 1 and "onnxruntime-gpu" in bench.stderr
 
 
 def test_only_attention_is_in_halves(emitted: tuple[Module, WeightStore, Path]) -> None:
@@ -127,5 +145,5 @@ def test_what_it_refuses(tmp_path: Path) -> None:
 def test_a_listed_format_that_no_weight_can_have_is_named(tmp_path: Path) -> None:
     choices = Choices(block="w3g64+w4g64+w8g64", strategy="weight_mse")
     plan = make_plan(Request("tiny", "cuda", "5", choices, backend="onnx"), tmp_path)
-    assert list(never_run(plan, plan.module)) == ["w3g64"]
-    assert list(never_run(replace(plan, request=Request("tiny")), plan.module)) == []
+    assert list(never_run(choices, plan.target, plan.module, compiler=True)) == ["w3g64"]
+    assert list(never_run(Choices(), plan.target, plan.module, compiler=True)) == []

@@ -16,6 +16,7 @@ from runtime_models import llama as transformers_llama
 from runtime_models import tokenizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from training_runs import killed_and_resumed
 
 from gammac.cli import main
 from gammac.diagnostics import CompileError
@@ -174,6 +175,17 @@ def test_both_controllers_keep_the_budget_and_the_program_is_the_best_of_all(see
     assert precision.total_bits(layers, precision.by_trade_off(layers, trade * 0.99)) > capacity
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_what_lambda_leaves_over_is_filled_as_far_as_it_goes(seed: int) -> None:
+    layers = _layers(seed)
+    capacity = 4 * sum(levels[0].bits // 2 for levels in layers)
+    picks, trade = precision.by_bisection(layers, capacity)
+    room = capacity - precision.total_bits(layers, picks)
+    wider = [levels[p + 1].bits - levels[p].bits for levels, p in zip(layers, picks, strict=True) if p < 4]
+    assert 0 <= room < min(wider)
+    assert all(p >= q for p, q in zip(picks, precision.by_trade_off(layers, trade), strict=True))
+
+
 def test_a_budget_below_the_narrowest_formats_is_refused() -> None:
     for choose in (precision.by_bisection, precision.by_program):
         with pytest.raises(CompileError, match="too few"):
@@ -256,10 +268,6 @@ def test_activations_take_part_and_static_steps_are_kept() -> None:
         assert all(("scale" in how) == (activations == "a8tensor") for how in found.values())
 
 
-class _Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize("activations", ["", "a8tensor"])
 def test_a_killed_run_goes_on_bit_by_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, activations: str
@@ -270,25 +278,7 @@ def test_a_killed_run_goes_on_bit_by_bit(
         method = _method(activations=activations)
         return method, Trainer(method, _data(), schedule, folder).run()
 
-    whole, history = trained(None)
-    original = Trainer._step
-
-    def dying(self: Trainer, step: int) -> None:
-        if step == 8:
-            raise _Killed
-        original(self, step)
-
-    monkeypatch.setattr(Trainer, "_step", dying)
-    with pytest.raises(_Killed):
-        trained(tmp_path)
-    steps: list[int] = []
-
-    def counted(self: Trainer, step: int) -> None:
-        steps.append(step)
-        original(self, step)
-
-    monkeypatch.setattr(Trainer, "_step", counted)
-    resumed, again = trained(tmp_path)
+    (whole, history), (resumed, again), steps = killed_and_resumed(trained, tmp_path, monkeypatch)
     assert steps == list(range(5, 12))
     assert json.dumps(again) == json.dumps(history)
     assert all(torch.equal(t, resumed.latents[n]) for n, t in whole.latents.items())

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import click
 
-from gammac.cli.console import OUT, show_progress
+from gammac.cli.console import ERR, OUT, show_progress
 from gammac.diagnostics import CompileError
 
 ARTIFACT: Final = click.argument("artifact", type=click.Path(path_type=Path))
@@ -31,6 +31,7 @@ def run(artifact: Path, prompt: str, chat: bool | None, threads: int | None, **s
     from gammac.runtime.session import open_session
 
     session = open_session(artifact, threads)
+    _say_where(artifact)
     with without_torch():
         tokenizer = load_tokenizer(artifact)
     ends = end_tokens(artifact, tokenizer)
@@ -60,6 +61,7 @@ def eval_command(
 
     if text is None and not tasks:
         raise CompileError("nothing to evaluate on", hint="give --text FILE or --task FILE")
+    _say_where(artifact)
     found = evaluate_artifact(artifact, text, windows, reference, tasks, limit, threads, show_progress)
     if as_json:
         click.echo(json.dumps(found, indent=2))
@@ -86,6 +88,8 @@ def bench_command(
     from gammac.runtime.bench import Work, bench
     from gammac.summary import bench_figures
 
+    if lacking := _lacking(artifact):
+        raise CompileError(lacking, hint="pip install onnxruntime-gpu in place of onnxruntime, on a GPU")
     work = Work(rounds=rounds)
     found: Any
     if peers is None:
@@ -98,6 +102,21 @@ def bench_command(
         click.echo(json.dumps(found, indent=2))
     else:
         OUT.print(table)
+
+
+def _lacking(artifact: Path) -> str:
+    """What an artifact was made for and this machine has not, though it can run it."""
+    from gammac.runtime.artifact import is_artifact, open_artifact
+    from gammac.runtime.session import lacking_provider
+
+    if not is_artifact(artifact):
+        return ""
+    return lacking_provider(open_artifact(artifact, verify=False).manifest.provider)
+
+
+def _say_where(artifact: Path) -> None:
+    if lacking := _lacking(artifact):
+        ERR.print(f"note: {lacking}: the processor runs it, in the same types", highlight=False)
 
 
 def _against(artifact: Path, names: str, model: str | None, threads: int | None, work: Any) -> Any:

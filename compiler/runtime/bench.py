@@ -80,6 +80,11 @@ class Timed:
     load: Load
     size_bytes: int
 
+    @property
+    def bytes_per_second(self) -> float:
+        """The size times the decode rate, as if a token read every byte once."""
+        return self.size_bytes * self.decode.median
+
 
 def ratio(ours: Rounds, theirs: Rounds) -> float:
     """The median of the rounds' ratios; above 1 the first is larger."""

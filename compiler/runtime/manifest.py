@@ -11,6 +11,7 @@ from typing import Any, Final, TypeVar
 
 from gammac import __version__
 from gammac.diagnostics import CompileError
+from gammac.processor import CPU
 
 FORMAT: Final = "gammac-artifact"
 FORMAT_VERSION: Final = 1
@@ -82,6 +83,9 @@ class Manifest:
 
     library: str = ""
     """The native library of the artifact's own operators, one of its files."""
+
+    provider: str = CPU
+    """What ONNX Runtime's operators were chosen for: cpu or cuda."""
 
     labels: tuple[str, ...] = ()
     """The classes of a classifier, in the order of its logits."""
@@ -174,11 +178,12 @@ def _file(value: Any, name: str) -> FileEntry:
 
 
 # what manifests did not have from the start
-_LATER: Final[Mapping[str, Any]] = {"activations": "", "code": {}, "labels": []}
+_LATER: Final[Mapping[str, Any]] = {"activations": "", "code": {}, "labels": [], "provider": CPU}
 _READERS: Final[Mapping[str, Callable[[Any, str], object]]] = {
     "model": _text, "model_digest": _text, "target": _text, "kind": _text, "emitter": _text,
     "context": _count, "payload_bits": _number, "true_bits": _number, "whole_model_bits": _number,
     "budgets": _list, "allocation": _table(_text), "predicted": _table(_number),
     "not_quantized": _table(_text), "fallbacks": _table(_text), "library": _text, "activations": _text,
-    "code": _table(_text), "labels": _list, "tools": _table(_text), "gammac": _text, "files": _table(_file),
+    "code": _table(_text), "provider": _text, "labels": _list, "tools": _table(_text), "gammac": _text,
+    "files": _table(_file),
 }  # fmt: skip

@@ -133,13 +133,8 @@ def model_of_artifact(artifact: Artifact) -> OnnxModel:
     config = _genai_config(artifact.folder) if GENAI_CONFIG in manifest.files else {}
     shares = bool(config.get("search", {}).get("past_present_share_buffer", False))
     return OnnxModel(
-        artifact.path(MODEL), manifest.kind, manifest.context, shares, artifact.library, _provider(config)
+        artifact.path(MODEL), manifest.kind, manifest.context, shares, artifact.library, manifest.provider
     )
-
-
-def _provider(config: dict[str, Any]) -> str:
-    options = config.get("model", {}).get("decoder", {}).get("session_options", {})
-    return next((name for option in options.get("provider_options", ()) for name in option), CPU)
 
 
 def model_of_genai_folder(folder: Path) -> OnnxModel:
@@ -287,8 +282,14 @@ class OnnxSession:
 def providers_for(wanted: str) -> list[str]:
     """ONNX Runtime's names of what runs a graph, first the one wanted. What there is none of here, the
     processor runs, in the same precision."""
-    names = [CUDA_PROVIDER] if wanted == CUDA and CUDA_PROVIDER in ort.get_available_providers() else []
-    return [*names, CPU_PROVIDER]
+    return [CPU_PROVIDER] if wanted == CPU or lacking_provider(wanted) else [CUDA_PROVIDER, CPU_PROVIDER]
+
+
+def lacking_provider(wanted: str) -> str:
+    """Why a provider can't be had here; nothing if it can."""
+    if wanted == CUDA and CUDA_PROVIDER not in ort.get_available_providers():
+        return f"the artifact is for CUDA, which onnxruntime {ort.__version__} lacks here"
+    return ""
 
 
 def _load(model: OnnxModel, threads: int, spinning: bool) -> ort.InferenceSession:

@@ -58,7 +58,8 @@ def by_bisection(layers: Layers, capacity: int) -> tuple[Picks, float]:
     """The choice at the least λ that keeps `capacity` payload bits, and that λ.
 
     Where costs are proportional to bits, bits never grow with λ. With another cost λ alone may not reach the
-    budget: what is left over is taken back by `within`. Raises CompileError for a budget that can't be met.
+    budget: what is too much is taken back by `within`. What λ leaves over, since layers are large, goes to
+    `filled`. Raises CompileError for a budget that can't be met.
     """
     _demand_room(layers, capacity)
     if total_bits(layers, by_trade_off(layers, 0.0)) <= capacity:
@@ -68,7 +69,7 @@ def by_bisection(layers: Layers, capacity: int) -> tuple[Picks, float]:
         middle = (low + high) / 2
         over = total_bits(layers, by_trade_off(layers, middle)) > capacity
         low, high = (middle, high) if over else (low, middle)
-    return within(layers, by_trade_off(layers, high), capacity), high
+    return filled(layers, within(layers, by_trade_off(layers, high), capacity), capacity), high
 
 
 def by_program(layers: Layers, capacity: int, trade_off: float = 0.0) -> Picks:
@@ -111,6 +112,22 @@ def within(layers: Layers, picks: Picks, capacity: int) -> Picks:
         ]  # fmt: skip
         found[min(offers)[1]] -= 1
     return tuple(found)
+
+
+def filled(layers: Layers, picks: Picks, capacity: int) -> Picks:
+    """The picks, layers widened where that removes the most error a bit, as long as there is room."""
+    found, room = list(picks), capacity - total_bits(layers, picks)
+    while True:
+        offers = [
+            (_price(levels, found[i] + 1), -i)
+            for i, levels in enumerate(layers)
+            if found[i] + 1 < len(levels) and levels[found[i] + 1].bits - levels[found[i]].bits <= room
+        ]
+        if not offers or max(offers)[0] <= 0:
+            return tuple(found)
+        index = -max(offers)[1]
+        room -= layers[index][found[index] + 1].bits - layers[index][found[index]].bits
+        found[index] += 1
 
 
 def _price(levels: Sequence[Level], pick: int) -> float:
