@@ -1,74 +1,42 @@
 """DSA-QAT beside post-training quantization, static uniform training and plain training on the same tokens.
 
 A row for each way to a quantized model: loss and perplexity on the test text, KL(original ‖ row) and
-KL(tuned ‖ row) in nats a token, where "tuned" is the model trained on the same tokens in f32. Rounding the
-tuned model afterwards (RTN, GPTQ) tells what training on the text is worth; static and dynamic training tell
-what is gained by rounding in the loop. Average bits are payload bits of the blocks' linears; tables are equal
-in all rows. Two more tables: when the controller moved widths, and λ against average bits.
+KL(tuned ‖ row) in nats a token, where "tuned" is the model trained on the same tokens in f32; or accuracy,
+precision, recall and F1 of a classifier. Rounding the tuned model afterwards (RTN, GPTQ) tells what training
+on the text is worth; static and dynamic training tell what is gained by rounding in the loop. Average bits
+are payload bits of the blocks' linears; tables are equal in all rows. Two more tables: when the controller
+moved widths, and λ against average bits.
 
 Run: python benchmarks/qat.py tiny --text TRAIN --test TEST --tokens 200000 --bits 4 6 [--seeds 0 1 2]
+     python benchmarks/source_lines.py lines
+     python benchmarks/qat.py tiny --task classification --text lines/train.jsonl --test lines/test.jsonl
 """
 
-import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
 import torch
+from judges import ClassJudge, Judge, Scores, TextJudge, Weights
 from torch import Tensor
-from trained_on_text import judged_windows, parser_of
+from trained_on_text import judged, parser_of
 
 from gammac.formats import Format, Quantized, parse_format
 from gammac.passes.quantizers import make_quantizer
 from gammac.passes.training.dsa_qat import DsaQat
 from gammac.passes.training.graph import TrainingGraph, block_weight
+from gammac.passes.training.labelled import LabelledData
 from gammac.passes.training.options import DsaQatOptions
-from gammac.passes.training.tasks import TaskLoss, next_token
+from gammac.passes.training.tasks import TaskLoss, next_token, sequence_class
 from gammac.passes.training.trainer import Data, Row, Schedule, Trainer
-from gammac.training import Training, TrainRequest, make_training
+from gammac.training import NEXT_TOKEN, TASKS, Training, TrainRequest, make_training
 
-CALIBRATION: Final = 32  # windows for GPTQ's Gram matrices
+CALIBRATION: Final = 8  # batches for GPTQ's Gram matrices
 BATCH: Final = 8
 LOOKS: Final = 10  # of the controller, at least
 TRADE_OFFS: Final = (0.01, 0.1, 1.0, 10.0, 100.0)
-HEAD: Final = ("bits", "method", "average bits", "loss", "perplexity", "KL(original)", "KL(tuned)")
-
-Weights = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Nats a token; both divergences are of a reference from these weights."""
-
-    loss: float
-    kl_original: float
-    kl_tuned: float
-
-
-@dataclass
-class Judge:
-    """The test windows, and what the two references predict there."""
-
-    graph: TrainingGraph
-    windows: Tensor
-    references: tuple[Weights, Weights]
-
-    @torch.no_grad()
-    def __call__(self, weights: Weights) -> Scores:
-        """Over all windows."""
-        sums = torch.zeros(3, dtype=torch.float64)
-        for part in torch.split(self.windows, BATCH):
-            log_q = self.predicted(weights, part)
-            sums[0] -= log_q.gather(2, part[:, 1:, None]).sum()
-            for place, reference in enumerate(self.references, 1):
-                log_p = self.predicted(reference, part)
-                sums[place] += (log_p.exp() * (log_p - log_q)).sum()
-        return Scores(*(sums / self.windows[:, 1:].numel()).tolist())
-
-    def predicted(self, weights: Weights, part: Tensor) -> Tensor:
-        """Log-probabilities of each next token [windows, length - 1, vocab]."""
-        return self.graph.run(part, weights.__getitem__)[:, :-1].log_softmax(-1)
+DIGITS: Final = {"perplexity": 2, "%": 2}  # 4 elsewhere
 
 
 class FullPrecision(DsaQat):
@@ -94,7 +62,7 @@ class Bench:
 
     training: Training
     schedule: Schedule
-    test: Tensor
+    test: Tensor | LabelledData
     rows: dict[tuple[str, str], list[tuple[float, Scores]]]
     histories: list[tuple[str, list[Row]]] = field(default_factory=list)
 
@@ -102,13 +70,19 @@ class Bench:
         steps = self.training.used.steps(self.schedule.tokens, self.schedule.batch)
         self.every = max(1, min(DsaQatOptions().every, steps // LOOKS))
         self.module = self.training.module
-        plain = FullPrecision(self.training, DsaQatOptions())
+        split = self.training.split
+        self.task = sequence_class if split else next_token
+        plain = FullPrecision(self.training, DsaQatOptions(), self.task)
         original = copied(plain)
         Trainer(plain, self.training.used, self.schedule).run()
         self.tuned = copied(plain)
         self.original = original
         self.graph = TrainingGraph(self.module)
-        self.judge = Judge(self.graph, self.test, (self.original, self.tuned))
+        self.judge: Judge
+        if isinstance(self.test, LabelledData):
+            self.judge = ClassJudge(self.graph, self.test, len(split.labels) if split else 0)
+        else:
+            self.judge = TextJudge(self.graph, self.test, (self.original, self.tuned))
 
     def run(self, bits: Sequence[float]) -> None:
         """All rows."""
@@ -137,28 +111,29 @@ class Bench:
     def method(self, options: DsaQatOptions) -> DsaQat:
         """A fresh one."""
         t = self.training
-        return DsaQat(t.module, t.ctx, options, compiler=t.compiler, stored=t.stored)
+        return DsaQat(t.module, t.ctx, options, self.task, t.compiler, t.stored)
 
     def add(self, bits: str, name: str, average: float, weights: Weights) -> None:
         """Judge a row and say so at once."""
         scores = self.judge(weights)
         self.rows.setdefault((bits, name), []).append((average, scores))
-        print(f"seed {self.schedule.seed}  {bits:>3} {name:20} {scores}", flush=True)
+        shown = "  ".join(f"{key} {value:.4f}" for key, value in scores.items())
+        print(f"seed {self.schedule.seed}  {bits:>3} {name:20} {shown}", flush=True)
 
     @torch.no_grad()
     def grams(self, weights: Weights) -> dict[str, Tensor]:
-        """The mean of x xᵀ over what each block linear reads, on windows that were trained on."""
+        """The sum of x xᵀ over what each block linear reads, on batches that were trained on."""
         found: dict[str, Tensor] = {}
-        windows = self.training.used.tokens[:CALIBRATION]
 
         def watch(op: object, operands: list[Tensor], results: tuple[Tensor, ...]) -> None:
             name = block_weight(op, self.module)  # type: ignore[arg-type]
             if name:
                 x = operands[0].flatten(0, -2)
-                found[name] = found.get(name, 0) + x.T @ x / windows.numel()
+                found[name] = found.get(name, 0) + x.T @ x
 
-        for part in torch.split(windows, BATCH):
-            self.graph.run(part, weights.__getitem__, watch=watch)
+        for step in range(CALIBRATION):
+            part = self.training.used.batch(step, BATCH, self.schedule.seed)
+            self.graph.run(part.tokens, weights.__getitem__, watch=watch)
         return found
 
     def rounded(self, weights: Weights, grams: Weights, quantizer: str, bits: float) -> dict[str, Tensor]:
@@ -193,19 +168,21 @@ def copied(method: DsaQat) -> dict[str, Tensor]:
 
 
 def table(rows: Mapping[tuple[str, str], Sequence[tuple[float, Scores]]]) -> str:
-    """Means over seeds; ± is the deviation of the loss, where there is more than one."""
-    lines = ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
+    """Means over seeds; ± is the deviation, where there is more than one."""
+    head = ("bits", "method", "average bits", *next(iter(rows.values()))[0][1])
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for (bits, name), found in rows.items():
-        losses = [scores.loss for _, scores in found]
-        loss = statistics.mean(losses)
-        spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
-        cells = [
-            bits, name, f"{statistics.mean(average for average, _ in found):.3f}", f"{loss:.4f}{spread}",
-            f"{math.exp(loss):.2f}", f"{statistics.mean(s.kl_original for _, s in found):.4f}",
-            f"{statistics.mean(s.kl_tuned for _, s in found):.4f}",
-        ]  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
+        average = statistics.mean(average for average, _ in found)
+        cells = [shown(key, [scores[key] for _, scores in found]) for key in head[3:]]
+        lines.append("| " + " | ".join((bits, name, f"{average:.3f}", *cells)) + " |")
     return "\n".join(lines)
+
+
+def shown(key: str, values: Sequence[float]) -> str:
+    """A cell."""
+    digits = DIGITS.get(key.split()[-1], 4)
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
 def settled(histories: Sequence[tuple[str, Sequence[Row]]]) -> str:
@@ -220,16 +197,19 @@ def settled(histories: Sequence[tuple[str, Sequence[Row]]]) -> str:
 
 def main() -> None:
     """The three tables."""
-    args = parser_of(__doc__, [4.0, 6.0]).parse_args()
+    parser = parser_of(__doc__, [4.0, 6.0])
+    parser.add_argument("--task", default=NEXT_TOKEN, choices=TASKS)
+    parser.add_argument("--batch", type=int, default=4, help="windows, or rows, of a step")
+    args = parser.parse_args()
     rows: dict[tuple[str, str], list[tuple[float, Scores]]] = {}
     histories: list[tuple[str, list[Row]]] = []
     for seed in args.seeds:
-        schedule = Schedule(args.tokens, rate=args.rate, seed=seed)
+        schedule = Schedule(args.tokens, args.batch, args.rate, seed=seed)
         request = TrainRequest(
-            args.model, DsaQatOptions(), schedule, args.text, args.length, target="reference"
+            args.model, DsaQatOptions(), schedule, args.text, args.length, target="reference", task=args.task
         )
         training = make_training(request)
-        test = judged_windows(args, training)
+        test = judged(args, training)
         bench = Bench(training, schedule, test, rows, histories)
         bench.run(args.bits)
     print(f"\n{args.model}, {args.tokens} tokens, {len(args.seeds)} seeds\n\n{table(rows)}\n")

@@ -22,10 +22,12 @@ class Scoring:
     """One model on one device, calibrated on one text: candidates once, and scores by any strategy."""
 
     def __init__(
-        self, model: str, device: str, calibration: Path, cache: Path | None = None, quantizer: str = "gptq"
-    ) -> None:
-        self.choices = Choices(BLOCK_FORMATS, TABLE_FORMATS, quantizer=quantizer, refine=False)
-        self.plan: Plan = make_plan(Request(model, device, "3", self.choices, calibration), cache)
+        self, model: str, device: str, calibration: Path, cache: Path | None = None, quantizer: str = "gptq",
+        formats: str = BLOCK_FORMATS, backend: str = "",
+    ) -> None:  # fmt: skip
+        self.choices = Choices(formats, TABLE_FORMATS, quantizer=quantizer, refine=False)
+        request = Request(model, device, "3", self.choices, calibration, backend=backend)
+        self.plan: Plan = make_plan(request, cache)
         self.ctx: Context = context_of(self.plan, show_progress)
         before, _ = self._passes("weight_mse")
         self.candidates: Module = Pipeline(before).run(self.plan.module, self.ctx)

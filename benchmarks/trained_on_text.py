@@ -6,7 +6,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from gammac.classification import tokenized
+from gammac.passes.training.labelled import LabelledData
 from gammac.passes.training.trainer import Data
+from gammac.runtime.classify import read_rows
 from gammac.texts import read_text, token_windows
 from gammac.training import Training
 
@@ -26,6 +29,17 @@ def parser_of(description: str | None, bits: Sequence[float]) -> argparse.Argume
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--windows", type=int, default=128, help="of the test text")
     return parser
+
+
+def judged(args: argparse.Namespace, training: Training) -> Tensor | LabelledData:
+    """Token windows, or the rows of `--test` where rows were trained on."""
+    if training.split is None:
+        return judged_windows(args, training)
+    if args.test is None:
+        assert isinstance(training.held_out, LabelledData)
+        return training.held_out
+    longest = int(str(training.module.attrs["max_positions"]))
+    return tokenized(read_rows(args.test), training.split.labels, training.source.tokenizer, longest)
 
 
 def judged_windows(args: argparse.Namespace, training: Training) -> Tensor:

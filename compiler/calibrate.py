@@ -5,27 +5,20 @@ A weight is read from memory, not from a cache: as many copies are multiplied in
 
 import os
 import re
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
 import numpy as np
 
 from gammac.diagnostics import CompileError
-from gammac.driver import Request, compile_model, make_plan
 from gammac.formats import IntegerFormat, parse_format
-from gammac.passes import Choices
 from gammac.progress import Progress, no_progress
 from gammac.runtime.bench import read_bandwidth
-from gammac.runtime.runners import SessionRunner
-from gammac.runtime.session import open_session
-from gammac.target_rows import to_toml
-from gammac.targets.cost import CONTEXT, module_cost
+from gammac.target_rows import table_of, to_toml
 from gammac.targets.target import Measured
 from gammac.targets.tvm.names import INT8
 
@@ -155,37 +148,8 @@ def calibrated(text: str, found: Calibration, name: str, machine: str) -> str:
                "dram_gbps_peak": f"{max(one, all_):.3g}"}  # fmt: skip
     for key, value in figures.items():
         text = re.sub(rf"^{key} = .*$", f"{key} = {value}", text, count=1, flags=re.MULTILINE)
-    key = "measured" if _emits_tvm(text) else "backend.tvm.measured"
-    return f"{text.rstrip()}\n\n# measured on {machine}, products in {INT8}\n{to_toml(key, found.rows)}"
-
-
-def with_call_cost(text: str, where: Path, model: str, cache: Path | None) -> str:
-    """The file with the cost of a call (`default` of the overheads) at which a model's decode time comes out.
-
-    `where` is the file, which is read. The model is compiled at 4 bits and timed behind CONTEXT tokens, and
-    what the rows don't account for is shared out between other ops. Raises CompileError as a compile does.
-    """
-    choices = Choices("w4g64", "w4g64", quantizer="rtn", strategy="weight_mse", refine=False)
-    request = Request(model, str(where), "4", choices, calibration_windows=4, backend="tvm")
-    plan = make_plan(request, cache)
-    with tempfile.TemporaryDirectory() as folder:
-        compiled = compile_model(plan, Path(folder) / "artifact")
-        session = open_session(compiled.folder, plan.target.threads)
-        past, runner = min(CONTEXT, session.context - NEW), SessionRunner(session)
-        seconds = median(runner.decode_seconds(past, NEW) / NEW for _ in range(ROUNDS))
-
-    def predicted(call: float) -> float:
-        overhead = {**plan.target.overhead_us, "default": call}
-        return module_cost(compiled.module, replace(plan.target, overhead_us=overhead)).decode_seconds
-
-    per_microsecond = predicted(1.0) - predicted(0.0)
-    call = max(0.0, (seconds - predicted(0.0)) / per_microsecond) if per_microsecond else 0.0
-    table = "overhead_us" if _emits_tvm(text) else "backend.tvm.overhead_us"
-    return re.sub(rf"(\[{re.escape(table)}\]\ndefault = )[\d.]+", rf"\g<1>{call:.3g}", text)
-
-
-def _emits_tvm(text: str) -> bool:
-    return re.search(r'^emitter = "tvm"$', text, flags=re.MULTILINE) is not None
+    rows = to_toml(table_of(text, "measured"), found.rows)
+    return f"{text.rstrip()}\n\n# measured on {machine}, products in {INT8}\n{rows}"
 
 
 def shapes_of(texts: Sequence[str]) -> Iterator[tuple[int, int]]:

@@ -104,7 +104,7 @@ def _float_bytes(budget: Budget, module: Module, target: Target) -> int:
 
 def _float_memory(budget: Budget, module: Module, target: Target) -> int:
     held = sum(cost.resident_bytes(w, target) for w in _floats(module))
-    return held + cost.alive_bytes(module, target, budget.tokens or CONTEXT)
+    return held + cost.alive_bytes(module, target, budget.tokens or CONTEXT) + target.runtime_bytes
 
 
 def _other_ops(module: Module, chosen: tuple[Function, Sizes] | None) -> tuple[list[Op], Sizes]:

@@ -277,8 +277,8 @@ def module_cost(module: Module, target: Target, formats: Formats | None = None, 
         true_bits=(sum(r.storage_bits for r in blocks) + serving_bits(module)) / over,
         whole_model_bits=8 * total / max(1, sum(r.numel for r in rows)),
         bytes=total,
-        decode_seconds=_seconds(module, decode_function(module), target, formats),
-        prefill_seconds=_seconds(module, prefill_function(module), target, formats),
+        decode_seconds=seconds(module, decode_function(module), target, formats),
+        prefill_seconds=seconds(module, prefill_function(module), target, formats),
         peak_bytes=peak_bytes(module, target, formats) + extra_bytes,
     )
 
@@ -297,16 +297,17 @@ def prefill_seconds(weight: Weight, module: Module, target: Target, formats: For
     return sum(op_seconds(op, module, target, sizes, formats) for op in mine)
 
 
-def _seconds(
-    module: Module, chosen: tuple[Function, Sizes] | None, target: Target, formats: Formats | None
+def seconds(
+    module: Module, chosen: tuple[Function, Sizes] | None, target: Target, formats: Formats | None = None
 ) -> float:
+    """Seconds of what `decode_function` or `prefill_function` found, on the target's threads."""
     return sum(op_seconds(op, module, target, chosen[1], formats) for op in chosen[0].ops) if chosen else 0.0
 
 
 def peak_bytes(module: Module, target: Target, formats: Formats | None = None, tokens: int = CONTEXT) -> int:
-    """Weights as the runtime holds them, and what is alive at the widest point of a prefill."""
+    """Weights as the runtime holds them, the most that a prefill has alive, and the runtime itself."""
     held = sum(resident_bytes(w, target, formats) for w in module.weights.values())
-    return held + alive_bytes(module, target, tokens)
+    return held + alive_bytes(module, target, tokens) + target.runtime_bytes
 
 
 def resident_bytes(weight: Weight, target: Target, formats: Formats | None = None) -> int:

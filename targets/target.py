@@ -128,6 +128,7 @@ class Target:
     tie: bool = False  # linears that read the same value get one format, so that they fuse
     refusal: str = ""  # why nothing can be compiled for it
     last_logits: bool = False  # a prefill's logits are those of its last token alone
+    runtime_bytes: int = 0  # what the runtime takes besides weights, values and cache
     energy: Mapping[str, float] = field(default_factory=dict)  # ENERGY -> picojoules
     measured: tuple[Measured, ...] = ()
     analysed: tuple[Analysed, ...] = ()

@@ -2,20 +2,21 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from allocation_models import MODEL
 from click.testing import CliRunner, Result
 
 from gammac import calibrate
 from gammac.cli import main
 from gammac.diagnostics import CompileError
 from gammac.formats import parse_format
-from gammac.ir import parse
+from gammac.ir import Module, parse
+from gammac.model_costs import Timed, fitted
+from gammac.target_rows import table_of, with_figure
 from gammac.targets import cost
-from gammac.targets.target import load_target, parse_target, target_text
+from gammac.targets.target import Target, load_target, parse_target, target_text
 
 pytest.importorskip("tvm", reason="needs the extra tvm")
 
@@ -58,24 +59,39 @@ def test_a_calibrated_target_predicts_what_was_measured(
     assert gammac("targets", "show", out, "--backend", "tvm").exit_code == 0
 
 
+def timed_on(target: Target, module: Module) -> Timed:
+    """What would be measured on a machine that is as a target says."""
+    decode = [cost.seconds(module, cost.decode_function(module, past), target) for past in (512, 1)]
+    prefill = [cost.seconds(module, cost.prefill_function(module, tokens), target) for tokens in (512, 128)]
+    return Timed(512, *decode, *prefill, cost.peak_bytes(module, target))
+
+
 @pytest.mark.parametrize("name", ["edge", "cpu-x86"])
-def test_a_models_decode_time_comes_out(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, text, seconds = tmp_path / "mine.toml", target_text(name), 0.125
-    out.write_text(text)
-    module = parse(MODEL.replace("scores =", 'format = "w4g64", scores ='))
-    plan = SimpleNamespace(target=load_target(str(out), "tvm"))
-    session = SimpleNamespace(context=4096)
-    monkeypatch.setattr(calibrate, "make_plan", lambda request, cache: plan)
-    monkeypatch.setattr(
-        calibrate, "compile_model", lambda plan, folder: SimpleNamespace(module=module, folder=folder)
-    )
-    monkeypatch.setattr(calibrate, "open_session", lambda folder, threads: session)
-    timed = SimpleNamespace(decode_seconds=lambda past, new: seconds * new)
-    monkeypatch.setattr(calibrate, "SessionRunner", lambda session: timed)
-    found = parse_target(calibrate.with_call_cost(text, out, "toy", None), "mine.toml", "tvm")
-    assert cost.module_cost(module, found).decode_seconds == pytest.approx(seconds, rel=0.01)
-    others = {op: call for op, call in plan.target.overhead_us.items() if op != "default"}
-    assert {op: call for op, call in found.overhead_us.items() if op != "default"} == others
+def test_a_models_times_and_memory_come_out(name: str) -> None:
+    text = target_text(name)
+    golden = (Path(__file__).parent / "ir" / "legalize_tvm.gir").read_text()
+    module = parse("module @m" + golden.rpartition("module @m")[2])
+    base = load_target(name, "tvm")
+    true = replace(base, attention_gbps=3.0, attention_gflops=7.0, runtime_bytes=12345678)
+
+    timed = timed_on(true, module)
+    for table, figures in fitted(module, base, timed).items():
+        for key, figure in figures.items():
+            text = with_figure(text, table_of(text, table), key, figure)
+    found = parse_target(text, "mine.toml", "tvm")
+    assert found.attention_gbps == pytest.approx(3.0, rel=0.01)
+    assert found.attention_gflops == pytest.approx(7.0, rel=0.01)
+    assert found.overhead_us == true.overhead_us
+    assert cost.module_cost(module, found).decode_seconds == pytest.approx(timed.decode, rel=0.01)
+    assert cost.module_cost(module, found).peak_bytes == timed.bytes
+    slow = timed_on(replace(true, overhead_us={"default": 90.0}), module)
+    calls = fitted(module, replace(base, overhead_us={"default": 2.0}), slow)["overhead_us"]
+    assert calls["default"] == pytest.approx(90.0)
+    # nonsense of a busy machine changes no rate
+    odd = fitted(module, base, replace(timed, decode_empty=2 * timed.decode, prefill_short=timed.prefill))
+    assert (odd[""]["attention_gbps"], odd[""]["attention_gflops"]) == (
+        base.attention_gbps, base.attention_gflops,
+    )  # fmt: skip
 
 
 ROWS = """

@@ -55,7 +55,7 @@ def targets_show(name: str, backend: str | None) -> None:
 @click.option("--formats", help="Such as w3g64,w4g64 (default: 1 to 8 bits at g64).")
 @click.option("--shapes", help="Rows by columns, such as 4096x4096,11008x4096 (default: small to large).")
 @click.option("--threads", help="Such as 1,2 (default: one, and all cores).")
-@click.option("--model", help="Set what a call costs so that this model's decode time comes out, too.")
+@click.option("--model", help="Fit calls, attention and the runtime's memory to this model.")
 @click.option("--cache", type=click.Path(path_type=Path), help="Where finished work of the model is kept.")
 @click.option("--quick", is_flag=True, help="Few of everything, to try it out: no figures to go by.")
 def targets_calibrate(
@@ -65,8 +65,9 @@ def targets_calibrate(
 
     Leave the machine alone meanwhile. Use it with --target OUT --backend tvm.
     """
-    from gammac.calibrate import QUICK, Wish, calibrate, calibrated, with_call_cost
+    from gammac.calibrate import QUICK, Wish, calibrate, calibrated
     from gammac.files import write_atomically
+    from gammac.model_costs import with_model_costs
     from gammac.runtime.tvm_session import lacking
     from gammac.targets.target import load_target, parse_target, target_text
     from gammac.targets.tvm.kernels import isa_of
@@ -85,7 +86,7 @@ def targets_calibrate(
     parse_target(made, str(out), "tvm")
     write_atomically(out, made.encode())
     if model:
-        write_atomically(out, with_call_cost(made, out, model, cache).encode())
+        write_atomically(out, with_model_costs(made, out, model, cache).encode())
     OUT.print(f"{len(found.rows)} rows in {out}: use --target {out} --backend tvm", highlight=False)
 
 

@@ -22,6 +22,7 @@ TOKENS: Final = 256
 # A model that quantizing has broken amplifies every rounding, so it is allowed a share of its own damage.
 MOST_KL: Final = 0.1
 SHARE_OF_KL: Final = 0.1
+BROKEN_KL: Final = 2.0  # nats from the original: little is left of it
 LEAST_COSINE: Final = 0.98
 SHORT: Final = 32  # tokens of a window for a classifier
 
@@ -58,7 +59,8 @@ def check_artifact(
         return Check(outputs, compare_outputs(artifact, theirs, window))
     check = Check(compare(artifact, ours, window), compare(artifact, theirs, window))
     near, far = check.against_module.kl, check.against_original.kl
-    _demand(bool(np.isfinite(near)) and near < MOST_KL + SHARE_OF_KL * far, f"KL {near:.4f} nats")
+    holds = bool(np.isfinite(near)) and near < MOST_KL + SHARE_OF_KL * far
+    _demand(holds, f"KL {near:.4f} nats", broken=far > BROKEN_KL)
     return check
 
 
@@ -75,9 +77,15 @@ def _window(calibration: Calibration | None, vocabulary: int, context: int, toke
     return torch.arange(min(tokens, context))[None] % vocabulary
 
 
-def _demand(holds: bool, found: str) -> None:
-    if not holds:
-        raise CompileError(
-            f"the artifact does not compute what its module says: {found} between the two",
-            hint="this is a fault of gammac or of the runtime; keep the dumps of --dump-ir and report it",
-        )
+def _demand(holds: bool, found: str, *, broken: bool = False) -> None:
+    if holds:
+        return
+    fault = "a fault of gammac or of the runtime; keep the dumps of --dump-ir and report it"
+    chaos = (
+        "these formats leave little of the model, which turns the rounding of products' inputs into that "
+        "much: a larger budget, or --product-inputs float; with these it is "
+    )
+    raise CompileError(
+        f"the artifact does not compute what its module says: {found} between the two",
+        hint=f"{chaos if broken else 'this is '}{fault}",
+    )
