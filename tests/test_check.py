@@ -40,10 +40,10 @@ def test_another_model_s_artifact_is_refused(tmp_path: Path, monkeypatch: pytest
     assert check.against_module.kl < 1e-4 and check.against_original.kl < 1e-4  # type: ignore[union-attr]
     with pytest.raises(CompileError, match="does not compute what its module says") as found:
         check_artifact(*arguments, tmp_path / "other", dataclasses.replace(manifest))
-    assert found.value.hint is not None and found.value.hint.startswith("this is a fault")
+    assert found.value.diagnostics[0].hint.startswith("this is a fault")
     assert other.name == mine.name
     # a model that quantizing has left nothing of turns every rounding into nonsense: that is said, too
     monkeypatch.setattr(check_module, "BROKEN_KL", 0.0)
     with pytest.raises(CompileError) as found:
         check_artifact(*arguments, tmp_path / "other", manifest)
-    assert found.value.hint is not None and "--product-inputs float" in found.value.hint
+    assert "--product-inputs float" in found.value.diagnostics[0].hint
