@@ -5,7 +5,8 @@ KL(tuned ‖ row) in nats a token, where "tuned" is the model trained on the sam
 precision, recall and F1 of a classifier. Rounding the tuned model afterwards (RTN, GPTQ) tells what training
 on the text is worth; static and dynamic training tell what is gained by rounding in the loop. Average bits
 are payload bits of the blocks' linears; tables are equal in all rows. Two more tables: when the controller
-moved widths, and λ against average bits.
+moved widths, and λ against average bits. "late": the first half of the steps trains in f32, rounding then
+starts from GPTQ's codes. "reversed": the ranking of layers turned around.
 
 Run: python benchmarks/qat.py tiny --text TRAIN --test TEST --tokens 200000 --bits 4 6 [--seeds 0 1 2]
      python benchmarks/source_lines.py lines
@@ -15,27 +16,29 @@ Run: python benchmarks/qat.py tiny --text TRAIN --test TEST --tokens 200000 --bi
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Any, Final
 
-import torch
 from judges import ClassJudge, Judge, Scores, TextJudge, Weights
 from torch import Tensor
 from trained_on_text import judged, parser_of
 
 from gammac.formats import Format, Quantized, parse_format
 from gammac.passes.quantizers import make_quantizer
+from gammac.passes.training.compensate import gram_batches, gram_matrices
 from gammac.passes.training.dsa_qat import DsaQat
-from gammac.passes.training.graph import TrainingGraph, block_weight
+from gammac.passes.training.graph import TrainingGraph
 from gammac.passes.training.labelled import LabelledData
 from gammac.passes.training.options import DsaQatOptions
 from gammac.passes.training.tasks import TaskLoss, next_token, sequence_class
 from gammac.passes.training.trainer import Data, Row, Schedule, Trainer
 from gammac.training import NEXT_TOKEN, TASKS, Training, TrainRequest, make_training
 
-CALIBRATION: Final = 8  # batches for GPTQ's Gram matrices
-BATCH: Final = 8
 LOOKS: Final = 10  # of the controller, at least
 TRADE_OFFS: Final = (0.01, 0.1, 1.0, 10.0, 100.0)
+LATE: Final = {"float_share": 0.5, "start": "gptq"}
+METHODS: Final[dict[str, dict[str, Any]]] = {
+    "static": {}, "dsa-qat": {}, "static, late": LATE, "dsa-qat, late": LATE, "reversed": {"reverse": True},
+}  # fmt: skip
 DIGITS: Final = {"perplexity": 2, "%": 2}  # 4 elsewhere
 
 
@@ -84,7 +87,7 @@ class Bench:
         else:
             self.judge = TextJudge(self.graph, self.test, (self.original, self.tuned))
 
-    def run(self, bits: Sequence[float]) -> None:
+    def run(self, bits: Sequence[float], methods: Sequence[str]) -> None:
         """All rows."""
         self.add("32", "original, f32", 32, self.original)
         self.add("32", "tuned, f32", 32, self.tuned)
@@ -94,11 +97,12 @@ class Bench:
                 for quantizer in ("rtn", "gptq"):
                     rounded = self.rounded(weights, grams, quantizer, width)
                     self.add(f"{width:g}", f"{quantizer.upper()} of {what}", width, rounded)
-            static = DsaQatOptions(average_bits=width, formats=f"w{width:g}g64", every=self.every)
-            self.train(f"{width:g}", "static QAT", static)
-            dynamic = DsaQatOptions(average_bits=width, every=self.every)
-            self.train(f"{width:g}", "DSA-QAT", dynamic)
-            self.train(f"{width:g}", "DSA-QAT, reversed", replace(dynamic, reverse=True))
+            options = DsaQatOptions(average_bits=width, every=self.every)
+            for name in methods:
+                changes = dict(METHODS[name])
+                if name.startswith("static"):
+                    changes["formats"] = f"w{width:g}g64"
+                self.train(f"{width:g}", name, replace(options, **changes))
 
     def train(self, bits: str, name: str, options: DsaQatOptions) -> None:
         """One training of the method, and its row."""
@@ -120,21 +124,10 @@ class Bench:
         shown = "  ".join(f"{key} {value:.4f}" for key, value in scores.items())
         print(f"seed {self.schedule.seed}  {bits:>3} {name:20} {shown}", flush=True)
 
-    @torch.no_grad()
     def grams(self, weights: Weights) -> dict[str, Tensor]:
-        """The sum of x xᵀ over what each block linear reads, on batches that were trained on."""
-        found: dict[str, Tensor] = {}
-
-        def watch(op: object, operands: list[Tensor], results: tuple[Tensor, ...]) -> None:
-            name = block_weight(op, self.module)  # type: ignore[arg-type]
-            if name:
-                x = operands[0].flatten(0, -2)
-                found[name] = found.get(name, 0) + x.T @ x
-
-        for step in range(CALIBRATION):
-            part = self.training.used.batch(step, BATCH, self.schedule.seed)
-            self.graph.run(part.tokens, weights.__getitem__, watch=watch)
-        return found
+        """Of what each block linear reads, on text that was trained on."""
+        batches = gram_batches(self.training.used, self.schedule)
+        return gram_matrices(self.graph, weights.__getitem__, batches)
 
     def rounded(self, weights: Weights, grams: Weights, quantizer: str, bits: float) -> dict[str, Tensor]:
         """Block linears in one width by a quantizer, tables by RTN in eight bits, as training has them."""
@@ -199,6 +192,7 @@ def main() -> None:
     """The three tables."""
     parser = parser_of(__doc__, [4.0, 6.0])
     parser.add_argument("--task", default=NEXT_TOKEN, choices=TASKS)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--batch", type=int, default=4, help="windows, or rows, of a step")
     args = parser.parse_args()
     rows: dict[tuple[str, str], list[tuple[float, Scores]]] = {}
@@ -211,7 +205,7 @@ def main() -> None:
         training = make_training(request)
         test = judged(args, training)
         bench = Bench(training, schedule, test, rows, histories)
-        bench.run(args.bits)
+        bench.run(args.bits, args.methods)
     print(f"\n{args.model}, {args.tokens} tokens, {len(args.seeds)} seeds\n\n{table(rows)}\n")
     print(f"{settled(histories)}\n\n| λ | average bits, first | last |\n|---|---|---|")
     for trade_off, first, last in bench.trade_offs():

@@ -24,7 +24,9 @@ from gammac.driver import Request, compile_model, make_plan
 from gammac.formats import IntegerFormat, load_quantized, parse_format
 from gammac.ir.interpret import run_op
 from gammac.passes.keep_precision import HIGH_PRECISION
+from gammac.passes.quantizers import Gptq, Rtn
 from gammac.passes.training import efficiency, losses, precision, sensitivity
+from gammac.passes.training.compensate import gram_matrices
 from gammac.passes.training.dsa_qat import DsaQat
 from gammac.passes.training.fake_quantize import (
     HeldGrid,
@@ -268,14 +270,39 @@ def test_activations_take_part_and_static_steps_are_kept() -> None:
         assert all(("scale" in how) == (activations == "a8tensor") for how in found.values())
 
 
-@pytest.mark.parametrize("activations", ["", "a8tensor"])
+def test_training_can_start_from_gptqs_codes() -> None:
+    method, schedule = _method(start="gptq", average_bits=3.5), Schedule(4 * 8 * 16, batch=8)
+    before = {n: method.latents[n].detach().clone() for n in method.controller.names}
+    grams = gram_matrices(method.graph, (method.fixed | method.latents).__getitem__, _data().parts(8))
+    method.read(_data(), schedule)
+    method.begin(_data().batch(0, 8, 0))
+    moved = 0
+    for name, weight in before.items():
+        format_ = method.grids[name].format
+        gptq = Gptq().quantize(weight, grams[name], [format_])[0]
+        found = method.grids[name].quantized(method.latents[name])
+        torch.testing.assert_close(found.dequantize(), gptq.dequantize())
+        moved += int((found.codes != Rtn().quantize(weight, None, [format_])[0].codes).sum())
+    assert moved > 0, "GPTQ rounds other than to the nearest"
+
+
+def test_rounding_can_start_late() -> None:
+    method = _method(float_share=0.5, average_bits=3.5, activations="a8", gamma=0.1)
+    history = Trainer(method, _data(), Schedule(12 * 8 * 16, batch=8, rate=3e-3)).run()
+    assert [row["average_bits"] == 32 for row in history] == [True] * 5 + [False] * 7
+    assert [row["noise"] > 0 for row in history] == [False] * 6 + [True] * 6
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"activations": "a8tensor"}, {"start": "gptq"}, {"float_share": 0.6, "start": "gptq"}]
+)
 def test_a_killed_run_goes_on_bit_by_bit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, activations: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
     schedule = Schedule(12 * 4 * 16, batch=4, rate=3e-3, save_every=5)
 
     def trained(folder: Path | None) -> tuple[DsaQat, list[dict[str, Any]]]:
-        method = _method(activations=activations)
+        method = _method(**options)
         return method, Trainer(method, _data(), schedule, folder).run()
 
     (whole, history), (resumed, again), steps = killed_and_resumed(trained, tmp_path, monkeypatch)

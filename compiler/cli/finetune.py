@@ -68,6 +68,20 @@ if TYPE_CHECKING:
 @click.option("--trade-off", type=float, default=0.0, help="A first λ, which then follows the loss.")
 @click.option("--every", type=click.IntRange(1), default=50, show_default=True, help="Steps between looks.")
 @click.option("--gamma", type=float, default=0.0, show_default=True, help="Weight of the noise penalty.")
+@click.option(
+    "--float-share",
+    type=click.FloatRange(0, 0.99),
+    default=0.0,
+    show_default=True,
+    help="Of the steps, before anything is rounded.",
+)
+@click.option(
+    "--start",
+    type=click.Choice(["rtn", "gptq"]),
+    default="rtn",
+    show_default=True,
+    help="Codes that rounding starts from.",
+)
 @click.option("--clip", type=click.Choice(["mse", "none"]), default="mse", show_default=True)
 @click.option("--target", default="cpu", show_default=True, help="A target's name, or a .toml file.")
 @click.option("--backend", type=click.Choice(["onnx", "tvm"]), default=None)
@@ -92,7 +106,10 @@ def finetune_command(**options: Any) -> None:
         return
     demand_own("dsa-qat", OWN)
     check_writable(options["out"], overwrite=False)
-    own = ("average_bits", "activations", "clip", "controller", "cost", "trade_off", "every", "gamma")
+    own = (
+        "average_bits", "activations", "clip", "controller", "cost", "trade_off", "every", "gamma",
+        "float_share", "start",
+    )  # fmt: skip
     method = DsaQatOptions(
         formats="+".join(options["formats"].split(",")), table=options["table_format"],
         **{name: options[name] for name in own},

@@ -29,7 +29,8 @@ OPTIONS: Final = (
 )  # fmt: skip
 OWN: Final = ("rank", "alpha", "dropout", "quantizer", "merge", "merge_format")
 DSA_QAT: Final = (
-    "average_bits", "activations", "clip", "controller", "cost", "trade_off", "every", "gamma", "task",
+    "average_bits", "activations", "clip", "controller", "cost", "trade_off", "every", "gamma", "float_share",
+    "start", "task",
 )  # fmt: skip
 
 

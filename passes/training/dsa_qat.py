@@ -2,28 +2,31 @@
 for Efficient Transformer-Driven Large Language Models", Tummuri, section III).
 
 Every block weight is fake-quantized in a format of its own, tables in one that stays; norms and biases learn
-in f32. What linears of blocks read is rounded, too, if `activations` says so.
+in f32. What linears of blocks read is rounded, too, if `activations` says so. At first nothing is rounded, if
+`float_share` says so ("to stabilize early training, the model parameters were initially kept in 32-bit").
 """
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from gammac.formats import Format, Quantized, load_float
+from gammac.formats import Format, IntegerFormat, Quantized, load_float
 from gammac.ir import Module, WeightRef
 from gammac.passes.candidates import Candidates
 from gammac.passes.finetune.student import READ_BY
 from gammac.passes.quantize_activations import ActivationFormat, parse_activations
 from gammac.passes.training.analyser import Analyser
+from gammac.passes.training.compensate import compensated, gram_batches, gram_matrices
 from gammac.passes.training.controller import Controller
+from gammac.passes.training.efficiency import FULL_BITS
 from gammac.passes.training.fake_quantize import HeldGrid, round_activations
 from gammac.passes.training.graph import TrainingGraph, block_weight
 from gammac.passes.training.losses import quantization_aware_loss, relative_noise
-from gammac.passes.training.options import AS_WEIGHTS, DsaQatOptions
+from gammac.passes.training.options import AS_WEIGHTS, GPTQ, DsaQatOptions
 from gammac.passes.training.tasks import TaskLoss, next_token
-from gammac.passes.training.trainer import Batches, Data, Row
+from gammac.passes.training.trainer import Batches, Data, Row, Schedule
 from gammac.pipeline import Context
 
 # of a range, for activations with one step: it is an exponential mean of batches' largest magnitudes
@@ -58,6 +61,8 @@ class DsaQat:
         self.readers = _first_readers(module)
         self.ranges: dict[str, float] = {}
         self.noises: list[Tensor] = []
+        self.rounding = False
+        self.calibration: tuple[Data, ...] = ()
 
     # ---- forwards -------------------------------------------------------------------------------
 
@@ -71,11 +76,11 @@ class DsaQat:
     def loss(self, batch: Data, step: int) -> tuple[Tensor, Row]:
         """The quantization-aware loss of a batch, in nats a predicted position."""
         self.noises = []
-        used = {n: grid(self.latents[n]) for n, grid in self.grids.items()}
+        used = {n: grid(self.latents[n]) for n, grid in self.grids.items()} if self.rounding else {}
         outputs = self.graph.run(
             batch.tokens, lambda n: used[n] if n in used else self._latent(n), self._read
         )
-        if not self.options.activations and self.options.gamma:
+        if self.rounding and not self.options.activations and self.options.gamma:
             self.noises = [relative_noise(self.latents[n], used[n]) for n in self.controller.names]
         task = self.task(outputs, batch)
         noise = float(sum(float(x.detach()) for x in self.noises)) / max(1, len(self.noises))
@@ -84,7 +89,7 @@ class DsaQat:
 
     def _read(self, name: str, values: Tensor) -> Tensor:
         """What the linears of weight `name`, the first of those that read the values, get to read."""
-        format_ = self.activation(name)
+        format_ = self.activation(name) if self.rounding else None
         if format_ is None:
             return values
         if format_.static and torch.is_grad_enabled():
@@ -132,38 +137,74 @@ class DsaQat:
 
     # ---- the controller -------------------------------------------------------------------------
 
+    def read(self, data: Batches, schedule: Schedule) -> None:
+        """Keep what Gram matrices are made of."""
+        if self.options.start == GPTQ:
+            self.calibration = tuple(gram_batches(data, schedule))
+
     def begin(self, batch: Data) -> None:
-        """Analyse the untrained model on a batch and allocate."""
-        self.controller.observe(self.analyser.gradients(batch, self.task))
-        self._look(batch, first=True)
+        """Round from the first step on, unless floats train first."""
+        if not self.options.float_share:
+            self._start_rounding(batch)
 
     def after(self, gradients: Mapping[str, Tensor], batch: Data, step: int, steps: int, loss: float) -> Row:
         """Smooth the gradients' variances; every so many steps look again, unless it is too late."""
         self.controller.observe(gradients)
         self.controller.follow(loss)
-        looks, changed = (step + 1) % self.options.every == 0, 0
-        if looks:
+        starts = step + 1 == self._float_steps(steps)
+        looks, changed = self.rounding and (step + 1) % self.options.every == 0, 0
+        if starts:
+            self._start_rounding(batch)
+        elif looks:
             frozen = step + 1 >= steps * (1 - self.options.freeze)
             changed = self._look(batch, first=False, frozen=frozen)
         said: Row = {
-            "average_bits": self.controller.average_bits(), "lambda": self.controller.trade_off,
-            "changed": changed,
+            "average_bits": self.controller.average_bits() if self.rounding else FULL_BITS,
+            "lambda": self.controller.trade_off, "changed": changed,
         }  # fmt: skip
         bits = {n: format_.bits for n, format_ in self.controller.formats().items()}
-        return said | ({"bits": bits} if looks or step == 0 else {})
+        return said | ({"bits": bits} if starts or looks or (self.rounding and step == 0) else {})
+
+    def _float_steps(self, steps: int) -> int:
+        """Steps before anything is rounded; one at least, and one less than all, if there are to be any."""
+        share = self.options.float_share
+        return max(1, min(steps - 1, round(share * steps))) if share else 0
+
+    def _start_rounding(self, batch: Data) -> None:
+        """Analyse the model on a batch, and allocate."""
+        self.rounding = True
+        self.controller.observe(self.analyser.gradients(batch, self.task))
+        self._look(batch, first=True)
 
     def _look(self, batch: Data, *, first: bool, frozen: bool = False) -> int:
-        """Choose scales anew, and widths where they may still change; how many layers changed."""
+        """Choose widths, where they may still change, and scales; how many layers changed.
+
+        After RTN scales are chosen anew for all weights; GPTQ's codes stay for those that keep their width.
+        """
         changed = 0
         if not frozen:
             errors, distortions = self.analyser.look(batch)
             weights = {n: self.latents[n].detach() for n in self.controller.names}
             changed = self.controller.decide(weights, errors, distortions, first=first)
-        for name, format_ in self.controller.formats().items():
+        formats = self.controller.formats()
+        new = [n for n, format_ in formats.items() if first or self.grids[n].format != format_]
+        for name, format_ in formats.items():
             self.grids[name].format = format_
-        for name, grid in self.grids.items():
-            grid.refresh(self.latents[name])
+        for name in self.grids if first or self.options.start != GPTQ else new:
+            self.grids[name].refresh(self.latents[name])
+        if self.options.start == GPTQ and new:
+            self._compensate(new)
         return changed
+
+    @torch.no_grad()
+    def _compensate(self, names: Sequence[str]) -> None:
+        """Move latents of integer formats to where they round to GPTQ's codes."""
+        grams = gram_matrices(self.graph, self._latent, self.calibration)
+        for name in names:
+            format_ = self.grids[name].format
+            if isinstance(format_, IntegerFormat):
+                latent, self.grids[name].grid = compensated(self.latents[name], grams[name], format_)
+                self.latents[name].copy_(latent)
 
     # ---- state and result -----------------------------------------------------------------------
 
@@ -173,11 +214,14 @@ class DsaQat:
 
     def facts(self) -> dict[str, Any]:
         """Formats, ranges of activations, and what the controller remembers."""
-        return {"ranges": self.ranges, "controller": self.controller.facts()}
+        return {
+            "ranges": self.ranges, "controller": self.controller.facts(), "rounding": self.rounding,
+        }  # fmt: skip
 
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """The inverse of `tensors` and `facts`."""
         self.ranges = {n: float(v) for n, v in facts["ranges"].items()}
+        self.rounding = facts["rounding"]
         self.controller.restore(facts["controller"])
         for name, format_ in self.controller.formats().items():
             self.grids[name].format = format_

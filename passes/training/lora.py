@@ -23,7 +23,7 @@ from gammac.passes.training.adapters import Adapters, Factors, digest_of_base
 from gammac.passes.training.graph import Adjust, TrainingGraph
 from gammac.passes.training.lora_options import LoraOptions
 from gammac.passes.training.tasks import TaskLoss, next_token
-from gammac.passes.training.trainer import Data, Row
+from gammac.passes.training.trainer import Batches, Data, Row, Schedule
 from gammac.pipeline import Context
 from gammac.targets.target import BLOCK
 
@@ -145,6 +145,9 @@ class Lora:
         return _mean(data, lambda part: _kl(self.logits(part, from_), self.logits(part, to)))
 
     # ---- what a trainer asks besides --------------------------------------------------------------
+
+    def read(self, data: Batches, schedule: Schedule) -> None:
+        """Nothing to keep."""
 
     def begin(self, batch: Data) -> None:
         """Nothing to find out."""

@@ -11,6 +11,8 @@ from gammac.passes.training.fake_quantize import TRAINABLE
 
 CONTROLLERS: Final = ("bisection", "milp")
 COSTS: Final = ("bits", "seconds", "bytes")
+RTN, GPTQ = "rtn", "gptq"
+STARTS: Final = (RTN, GPTQ)
 AS_WEIGHTS: Final = "weights"  # for `activations`: as many bits as the weight that reads them
 
 
@@ -21,7 +23,8 @@ class DsaQatOptions:
     penalty on noise. The controller looks every `every` steps, sensitivities are smoothed by `keep`, and
     widths are frozen for the last `freeze` of the steps. `cost`: what C_b counts. A `trade_off` of λ > 0
     takes the place of the bisection: λ then follows the loss, and the budget is a ceiling. `reverse` turns
-    the ranking of layers around: an ablation."""
+    the ranking of layers around: an ablation. For `float_share` of the steps nothing is rounded; rounding
+    then starts from the nearest codes, or from GPTQ's (`start`)."""
 
     average_bits: float = 4.0
     formats: str = "w2g64+w3g64+w4g64+w6g64+w8g64"
@@ -39,6 +42,8 @@ class DsaQatOptions:
     freeze: float = 0.2
     trade_off: float = 0.0
     reverse: bool = False
+    float_share: float = 0.0
+    start: str = RTN
 
     @property
     def weights(self) -> tuple[float, float, float]:
@@ -50,9 +55,15 @@ class DsaQatOptions:
         for name, least, most in (
             ("average_bits", 1, 8), ("alpha", 0, 1e6), ("beta", 0, 1e6), ("kappa", 0, 1e6), ("gamma", 0, 1e6),
             ("trade_off", 0, 1e9), ("every", 1, 1e9), ("keep", 0, 1), ("freeze", 0, 1),
+            ("float_share", 0, 0.99),
         ):  # fmt: skip
             check_range("dsa-qat", name, getattr(self, name), least, most)
-        for option, known in (("controller", CONTROLLERS), ("cost", COSTS), ("clip", ("mse", "none"))):
+        for option, known in (
+            ("controller", CONTROLLERS),
+            ("cost", COSTS),
+            ("clip", ("mse", "none")),
+            ("start", STARTS),
+        ):
             if getattr(self, option) not in known:
                 raise CompileError(
                     f"dsa-qat: no {option} {getattr(self, option)!r}", hint=f"there are {', '.join(known)}"

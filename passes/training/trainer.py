@@ -115,6 +115,10 @@ class Method(Protocol):
         """Leaves that require gradients, in a fixed order."""
         ...
 
+    def read(self, data: Batches, schedule: Schedule) -> None:
+        """What is going to be trained on, told before anything else."""
+        ...
+
     def begin(self, batch: Data) -> None:
         """Once, before the first step of a fresh run."""
         ...
@@ -158,6 +162,7 @@ class Trainer:
     def run(self, progress: Progress = no_progress) -> list[Row]:
         """Train to the end, from a checkpoint if there is one; a row a step. Raises CompileError where the
         loss is no number any more."""
+        self.method.read(self.data, self.schedule)
         if not self._resume():
             self.method.begin(self._batch(0))
         for step in progress(range(self.done, self.steps), f"training ({self.method.name})"):
