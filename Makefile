@@ -1,5 +1,6 @@
 # make demo    the main job on the embedded model: compile, generate, evaluate
 # make test    everything that CI checks
+# make cross   cross compilers and emulators for the tests of other machines (Debian, as root)
 # Each sets itself up on a fresh machine with Python 3.11 or newer.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= out/tiny
 
-.PHONY: demo test setup clean
+.PHONY: demo test setup cross clean
 
 setup: $(VENV)/.ready
 
@@ -28,6 +29,11 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -n auto -m 'not slow and not gpu'
+
+cross:
+	apt-get update -qq
+	apt-get install -y -qq --no-install-recommends qemu-user-static \
+		g++-aarch64-linux-gnu g++-riscv64-linux-gnu g++-arm-linux-gnueabihf
 
 clean:
 	rm -rf $(VENV) build out *.egg-info .mypy_cache .ruff_cache .pytest_cache
