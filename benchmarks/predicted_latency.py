@@ -16,6 +16,7 @@ from pathlib import Path
 import click
 import numpy as np
 
+from gammac.budget import parse_budgets
 from gammac.cli.console import OUT
 from gammac.driver import Compiled, Request, compile_model, make_plan
 from gammac.model_costs import time_model
@@ -36,17 +37,18 @@ def main(model: str, target: str, backend: str, count: int, threads: int, cache:
     """Print a row for each allocation, and a line for each of the three."""
     generator = np.random.default_rng(0)
     budgets = [f"{generator.uniform(LEAST, MOST):.2f}" for _ in range(count)]
+    choices = Choices(FORMATS, quantizer="rtn", strategy="random", refine=False)
+    request = Request(
+        model, target, "3", choices, calibration_windows=4, calibration_length=64, backend=backend
+    )
+    plan = make_plan(request, cache)
+    plan = replace(plan, target=replace(plan.target, threads=threads))
     with tempfile.TemporaryDirectory() as name:
         made = []
         for seed, budget in enumerate(budgets):
-            choices = Choices(FORMATS, quantizer="rtn", strategy="random", refine=False)
-            request = Request(
-                model, target, budget, choices, calibration_windows=4, calibration_length=64, seed=seed,
-                backend=backend,
-            )  # fmt: skip
-            plan = make_plan(request, cache)
-            plan = replace(plan, target=replace(plan.target, threads=threads))
-            made.append(compile_model(plan, Path(name) / str(seed)))
+            drawn = replace(request, budget=budget, seed=seed)
+            own = replace(plan, request=drawn, budgets=parse_budgets(budget))
+            made.append(compile_model(own, Path(name) / str(seed)))
         OUT.print("| bits | decode ms | predicted | prefill ms | predicted | memory MB | predicted |")
         OUT.print("|---|---|---|---|---|---|---|")
         rows = [_row(compiled, threads) for compiled in made]
