@@ -244,7 +244,7 @@ def compile_model(
     with staging(out, overwrite) as folder:
         written = _lower_within_size(plan, ctx, folder, (*observers, steps.append))
         manifest = manifest_of(plan, written)
-        original = with_own_adapters(plan.module, plan.request.choices, plan.target, plan.store)
+        original = with_own_adapters(plan.module, plan.request.choices, plan.store)
         checked = closing_check(plan.backend, original, written.module, ctx, folder, manifest, plan.folder)
         manifest = seal(folder, manifest)
     cost = module_cost(written.module, plan.target)

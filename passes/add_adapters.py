@@ -13,7 +13,7 @@ The module that adapters are trained in is made by the same function, so that it
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Final
 
 from torch import Tensor
 
@@ -23,6 +23,9 @@ from gammac.passes.quantize import weights_are_stored_in_their_formats
 from gammac.passes.training.adapters import Factors, digest_of_stored, read_adapters
 from gammac.pipeline import Context, Invariant
 from gammac.weights import WeightStore
+
+FIRST: Final = "a"
+SECOND: Final = "b"
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,13 @@ def adapter_names(name: str) -> tuple[str, str]:
     """What a and b of a weight are called in a module."""
     stem = name.removesuffix(".weight")
     return f"{stem}.lora_a.weight", f"{stem}.lora_b.weight"
+
+
+def factor_of(weight: Weight) -> str:
+    """FIRST or SECOND for a factor of adapters, or of several that are joined; else nothing."""
+    keys = weight.attrs.get("adapter", ())
+    assert isinstance(keys, tuple)
+    return str(keys[0]).rpartition("/")[2] if keys else ""
 
 
 def with_adapters(module: Module, factors: Mapping[str, Factors], store: WeightStore) -> Module:
@@ -84,10 +94,12 @@ def _weights(module: Module, name: str, factors: Factors, store: WeightStore) ->
     if b.shape[1] != rank:
         raise CompileError(f"its factors have ranks {b.shape[1]} and {rank}", loc=name)
     first, second = adapter_names(name)
-    return _serving(first, a, store), _serving(second, b, store)
+    return _serving(first, f"{name}/{FIRST}", a, store), _serving(second, f"{name}/{SECOND}", b, store)
 
 
-def _serving(name: str, values: Tensor, store: WeightStore) -> Weight:
-    """A float weight that counts among the bits of the blocks' linears."""
+def _serving(name: str, key: str, values: Tensor, store: WeightStore) -> Weight:
+    """A float weight that counts among the bits of the blocks' linears. `adapter` is what files of adapters
+    call it; of joined ones, each of them."""
     digest = store.put({"data": values.detach().float().contiguous()})
-    return Weight(name, TensorType("f32", tuple(values.shape)), digest, {"serves": "block", "adapter": True})
+    attrs = {"serves": "block", "adapter": (key,)}
+    return Weight(name, TensorType("f32", tuple(values.shape)), digest, attrs)
