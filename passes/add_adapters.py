@@ -30,7 +30,8 @@ SECOND: Final = "b"
 
 @dataclass(frozen=True)
 class AddAdapters:
-    """`file` is an adapters.safetensors, `digest` that of its bytes."""
+    """`file` is an adapters.safetensors, `digest` that of its bytes. The base's digest stays with the module,
+    so that its artifact takes other adapters."""
 
     name: ClassVar[str] = "add_adapters"
     reads: ClassVar[tuple[str, ...]] = ()
@@ -48,7 +49,7 @@ class AddAdapters:
                 hint="adapters fit the base that they were trained on: same model, --formats, --quantizer "
                 "and calibration",
             )
-        return with_adapters(module, adapters.factors, ctx.store)
+        return with_adapters(module, adapters.factors, ctx.store).with_attrs(adapter_base=adapters.base)
 
 
 def adapter_names(name: str) -> tuple[str, str]:
@@ -57,11 +58,17 @@ def adapter_names(name: str) -> tuple[str, str]:
     return f"{stem}.lora_a.weight", f"{stem}.lora_b.weight"
 
 
-def factor_of(weight: Weight) -> str:
-    """FIRST or SECOND for a factor of adapters, or of several that are joined; else nothing."""
+def keys_of(weight: Weight) -> tuple[str, ...]:
+    """What files of adapters call a weight, or the rows that it is made of; nothing for other weights."""
     keys = weight.attrs.get("adapter", ())
     assert isinstance(keys, tuple)
-    return str(keys[0]).rpartition("/")[2] if keys else ""
+    return tuple(map(str, keys))
+
+
+def factor_of(weight: Weight) -> str:
+    """FIRST or SECOND for a factor of adapters, or of several that are joined; else nothing."""
+    keys = keys_of(weight)
+    return keys[0].rpartition("/")[2] if keys else ""
 
 
 def with_adapters(module: Module, factors: Mapping[str, Factors], store: WeightStore) -> Module:
@@ -98,8 +105,7 @@ def _weights(module: Module, name: str, factors: Factors, store: WeightStore) ->
 
 
 def _serving(name: str, key: str, values: Tensor, store: WeightStore) -> Weight:
-    """A float weight that counts among the bits of the blocks' linears. `adapter` is what files of adapters
-    call it; of joined ones, each of them."""
+    """A float weight that counts among the bits of the blocks' linears. `adapter`: see `keys_of`."""
     digest = store.put({"data": values.detach().float().contiguous()})
     attrs = {"serves": "block", "adapter": (key,)}
     return Weight(name, TensorType("f32", tuple(values.shape)), digest, attrs)

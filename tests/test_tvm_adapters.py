@@ -6,11 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from onnx_models import Shape, decoder, quantized
+from onnx_models import Shape, adapted, decoder, quantized
 
-from gammac.ir import Module
-from gammac.passes.add_adapters import with_adapters
 from gammac.runtime.reference import InterpreterSession
 from gammac.targets.tvm.names import FLOAT, INT8
 from gammac.weights import WeightStore
@@ -34,7 +31,7 @@ from gammac.targets.tvm.kernels import (  # noqa: E402
     prefill_linear,
     stacked_linear,
 )
-from gammac.targets.tvm.tir.panels import pack_panels  # noqa: E402
+from gammac.targets.tvm.panels import pack_panels  # noqa: E402
 from gammac.targets.tvm.toolchain import find_linker  # noqa: E402
 
 pytestmark = pytest.mark.skipif(find_linker() is None, reason="nothing links a shared library")
@@ -121,18 +118,6 @@ def test_weights_of_one_kernel_read_their_own_columns(tokens: int) -> None:
 
 
 # ---- models ---------------------------------------------------------------------------------------
-
-
-def adapted(store: WeightStore, shape: Shape, formats: dict[str, str], rank: int = 5) -> Module:
-    """A quantized decoder with adapters that change its logits."""
-    module = quantized(decoder(shape, store), store, formats)
-    random, factors = torch.Generator().manual_seed(1), {}
-    for name, weight in module.weights.items():
-        if weight.attrs.get("role") == "block":
-            rows, columns = map(int, weight.type.shape)  # type: ignore[arg-type]
-            a = torch.randn(rank, columns, generator=random) / columns**0.5
-            factors[name] = (a, torch.randn(rows, rank, generator=random) / rank**0.5)
-    return with_adapters(module, factors, store)
 
 
 MIXED = {"embed": "w8g32", "k_proj": "w3g32-sym", "up": "w2g32", "": "w4g32"}

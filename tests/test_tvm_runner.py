@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from onnx_models import Shape, decoder, quantized
+from onnx_models import Shape, adapted, decoder, quantized
 
 from gammac.passes.legalize_tvm import LegalizeTvm
 from gammac.pipeline import Context
@@ -15,6 +15,8 @@ from gammac.targets.target import load_target
 from gammac.weights import WeightStore
 
 pytest.importorskip("tvm", reason="needs the extra tvm")
+
+from test_tvm import legal
 
 from gammac.runtime.tvm_session import TvmSession
 from gammac.targets.tvm.emit import emit
@@ -68,6 +70,16 @@ def test_it_writes_what_python_writes(runner: Path, model: Path, threads: int) -
     first = expected[0]
     assert said(runner, model, "--end", first, *PROMPT)[1] == ""
     assert len(said(runner, model, "--new", 99, *PROMPT)[1].split()) == CONTEXT - len(PROMPT)
+
+
+def test_it_runs_adapters(runner: Path, tmp_path: Path) -> None:
+    store = WeightStore()
+    module = adapted(store, Shape(layers=1, heads=8, tied=False), {"": "w4g32"})
+    emit(legal(module, store, CONTEXT), store, tmp_path, isa_of(), "int8")
+    expected = in_python(tmp_path, 20)
+    assert len(set(expected)) > 3
+    code, out, err = said(runner, tmp_path, "--new", 20, *PROMPT)
+    assert (code, err) == (0, "") and [int(line) for line in out.split()] == expected
 
 
 def test_it_says_what_is_wrong(runner: Path, model: Path, tmp_path: Path) -> None:

@@ -18,12 +18,13 @@ from gammac.targets.tvm.kernels import (
     stacked_linear,
 )
 from gammac.targets.tvm.kernels.operands import TOKENS
+from gammac.targets.tvm.panels import pack_panels
 from gammac.targets.tvm.params import Array
 from gammac.targets.tvm.tir import norms, tables
 from gammac.targets.tvm.tir.attention import Heads, Tiling, append, attention
 from gammac.targets.tvm.tir.elementwise import elementwise
 from gammac.targets.tvm.tir.packed_rows import packed_rows
-from gammac.targets.tvm.tir.panels import float_linear, pack_panels
+from gammac.targets.tvm.tir.panels import float_linear
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from gammac.targets.tvm.kernels import (
 )  # fmt: skip
 from gammac.targets.tvm.kernels.operands import TOKENS
 from gammac.targets.tvm.lowering import Lowering, function_of
+from gammac.targets.tvm.names import PANELS
 from gammac.targets.tvm.nodes import Deferred, Node, Normed, Part, Tensor, whole
 
 
@@ -51,7 +52,7 @@ def _layout(at: Lowering, weight: Weight) -> Layout | None:
 
 def _floats(at: Lowering, weight: Weight, *, whole: bool = True) -> Any:
     """A float weight as products and embeddings read it."""
-    name = f"{weight.name}.floats"
+    name = f"{weight.name}{PANELS}"
     return at.f.param(name, lambda: at.device.floats(load_float(weight, at.store).numpy()), whole=whole)
 
 
