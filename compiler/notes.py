@@ -53,6 +53,9 @@ def notes_on(choices: Choices, target: Target, module: Module, *, compiler: bool
     left = [name for name, why in not_quantized(module) if why != ADAPTER]
     if left:
         yield f"{len(left)} weights stay f32: {', '.join(left)}"
+    trained = {str(w.attrs["trained_as"]) for w in module.weights.values() if "trained_as" in w.attrs}
+    if trained:
+        yield f"{', '.join(sorted(trained))} is stored with f16 scales: {target.emitter} reads no others"
     changed = list(fallbacks(choices, module))
     if changed:
         yield f"{len(changed)} weights got another group size: {changed[0][0]}: {changed[0][1]}"

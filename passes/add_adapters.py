@@ -43,7 +43,7 @@ class AddAdapters:
     def run(self, module: Module, ctx: Context) -> Module:
         """Raises CompileError for a file of another base."""
         adapters = read_adapters(Path(self.file))
-        if adapters.base != digest_of_stored(module):
+        if adapters.base != module.attrs.get("trained_base", digest_of_stored(module)):
             raise CompileError(
                 f"{self.file} was trained on another base than {module.name}'s",
                 hint="adapters fit the base that they were trained on: same model, --formats, --quantizer "

@@ -25,7 +25,7 @@ from gammac.pipeline import Context, Invariant
 from gammac.weights import WeightStore
 
 # what a fused weight has from the first of its parts
-KEPT: Final = ("stored", "role", "format", "quantizer", "serves", "adapter")
+KEPT: Final = ("stored", "role", "format", "quantizer", "serves", "adapter", "trained_as")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from gammac.passes.add_adapters import AddAdapters, adapter_names, with_adapters
 from gammac.passes.candidates import Candidates
 from gammac.passes.training.adapters import ADAPTERS, Adapters, read_adapters, write_adapters
 from gammac.passes.training.lora import Lora
-from gammac.passes.training.lora_options import LoraOptions
+from gammac.passes.training.lora_options import LoraOptions, runs
 from gammac.passes.training.trained import CODES, read_trained
 from gammac.passes.training.trainer import Data, Schedule, Trainer, smoothed_losses
 from gammac.pipeline import Context
@@ -201,11 +200,14 @@ def _options(**options: Any) -> LoraOptions:
     return LoraOptions(**{"format": "w4g32", "table": "w8g32", "rank": 2, **options})
 
 
-def _request(place: Path, seed: int = 0, target: str = "cpu-x86", **options: Any) -> TrainRequest:
+def _request(
+    place: Path, seed: int = 0, target: str = "cpu-x86", backend: str = "", **options: Any
+) -> TrainRequest:
     schedule = Schedule(8 * 2 * 16, batch=2, rate=1e-2, seed=seed)
     return TrainRequest(
-        str(place / "model"), _options(**options), schedule, place / "text", 16, target=target
-    )
+        str(place / "model"), _options(**options), schedule, place / "text", 16, target=target,
+        backend=backend,
+    )  # fmt: skip
 
 
 def _finetune(place: Path, name: str, **options: Any) -> dict[str, Any]:
@@ -213,9 +215,11 @@ def _finetune(place: Path, name: str, **options: Any) -> dict[str, Any]:
     return dict(finetune_lora(training, place / name, place / "cache").trained.figures)
 
 
-def _compile(place: Path, name: str, out: Path, adapters: str = "", backend: str = "") -> Compiled:
+def _compile(
+    place: Path, name: str, out: Path, adapters: str = "", target: str = "cpu-x86", backend: str = ""
+) -> Compiled:
     request = Request(
-        str(place / name), "cpu-x86", budget="4", choices=Choices(adapters=adapters),
+        str(place / name), target, budget="4", choices=Choices(adapters=adapters),
         calibration=place / "text", backend=backend,
     )  # fmt: skip
     return compile_model(make_plan(request, place / "cache"), out)
@@ -378,9 +382,33 @@ def test_what_no_kernel_runs_is_refused_before_training(place: Path) -> None:
         with pytest.raises(CompileError, match=message):
             make_training(_request(place, target=target, **options), place / "cache")
     demand_tvm()
-    request = replace(_request(place, format="nf4g32-dq"), backend="tvm")
-    with pytest.raises(CompileError, match="does not run nf4g32-dq"):
-        make_training(request, place / "cache")
+    for target, format_ in (("cpu-x86", "nf4g32-icq"), ("cuda", "nf4g32-dq")):
+        with pytest.raises(CompileError, match=f"does not run {format_}"):
+            make_training(_request(place, target=target, backend="tvm", format=format_), place / "cache")
+
+
+def test_tvm_runs_a_doubly_quantized_base_with_plain_scales(place: Path, tmp_path: Path) -> None:
+    demand_tvm()
+    if not runs(parse_format("nf4g32"), load_target("cpu", "tvm"), True):
+        pytest.skip("this processor looks no bytes up")
+    figures = _finetune(place, "double", target="cpu", backend="tvm", format="nf4g32-dq")
+    assert set(read_trained(place / "double").formats.values()) == {"nf4g32-dq", "w8g32"}
+    compiled = _compile(place, "double", tmp_path / "artifact", target="cpu", backend="tvm")
+    assert set(compiled.manifest.allocation.values()) == {"nf4g32", "w8g32"}
+    # what is counted is what is stored: f16 scales
+    more = 16 / 32 - (figures["true_bits"] - figures["adapter_bits"] - 4)
+    assert 0.15 < more < 0.25
+    assert compiled.manifest.true_bits == pytest.approx(figures["true_bits"] + more)
+    assert "nf4g32-dq is stored with f16 scales: tvm reads no others" in compiled.notes
+    # and what is computed is what was trained
+    comparison = _comparison(compiled)
+    assert math.log(comparison.ppl) == pytest.approx(math.log(comparison.ppl_reference), rel=0.005)
+    store = WeightStore(place / "cache" / "weights")
+    for name, weight in compiled.module.weights.items():
+        if weight.attrs.get("trained_as"):
+            kept = load_quantized(weight, store).dequantize()
+            trained = load_file(place / "double" / "model.safetensors")[name]
+            assert 0 < (kept - trained).abs().max() < 1e-3 * trained.abs().max()
 
 
 def test_the_command_trains_and_refuses_options_of_the_other_method(place: Path, tmp_path: Path) -> None:

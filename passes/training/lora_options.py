@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from gammac.diagnostics import CompileError
 from gammac.formats import Format, IntegerFormat, parse_formats
+from gammac.formats.normal_float import in_plain_scales
 from gammac.ir import Module
 from gammac.passes.choices import Choices, check_choices
 from gammac.passes.quantizers import QUANTIZERS
@@ -78,8 +79,7 @@ class LoraOptions:
         """The format of merged weights."""
         if self.merge_format:
             return parse_formats(self.merge_format)[0]
-        runs = target.kinds(BLOCK, compiler=compiler)
-        if self.base.kind in runs or ANY in runs:
+        if runs(self.base, target, compiler):
             return self.base
         return IntegerFormat(round(self.base.bits), self.base.group)
 
@@ -96,11 +96,16 @@ def demand_divisible(options: LoraOptions, module: Module) -> None:
             )
 
 
+def runs(format_: Format, target: Target, compiler: bool) -> bool:
+    """Whether the target runs blocks' linears in a format, as it is."""
+    return bool({format_.kind, ANY} & target.kinds(BLOCK, compiler=compiler))
+
+
 def demand_lora(options: LoraOptions, target: Target, compiler: bool) -> None:
-    """Raises CompileError for a format that the target's emitter will not run."""
+    """Raises CompileError for a format that the target's emitter will not run, not even with f16 scales."""
     format_ = options.merged(target, compiler) if options.merge else options.base
-    kinds = target.kinds(BLOCK, compiler=compiler)
-    if not {format_.kind, ANY} & kinds:
+    plain = in_plain_scales(format_)
+    if not runs(format_, target, compiler) and (plain is None or not runs(plain, target, compiler)):
         raise CompileError(
             f"{target.name} ({target.emitter}) does not run {format_.name} as block weights",
             hint="--merge quantizes the merged weights in a format that it runs; or --formats w4g64; or "
