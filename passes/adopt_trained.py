@@ -16,8 +16,7 @@ from typing import ClassVar
 
 from gammac.budget import PAYLOAD, TRUE
 from gammac.diagnostics import CompileError
-from gammac.formats import Format, Quantized
-from gammac.formats.normal_float import in_plain_scales, with_plain_scales
+from gammac.formats import Format, Quantized, in_plain_scales, with_plain_scales
 from gammac.ir import Module, Weight
 from gammac.passes.candidates import weights_have_candidates
 from gammac.passes.quantize import weights_have_formats

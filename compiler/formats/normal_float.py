@@ -151,19 +151,3 @@ class DoubleNormalFloat(NormalFloat):
         mean = scales.float().mean().reshape(1)
         codes, block_scales = to_dynamic(scales.float() - mean)
         return {"scales": codes, "block_scales": block_scales, "mean": mean}
-
-
-def in_plain_scales(format_: Format) -> NormalFloat | None:
-    """What a doubly quantized format is with its scales as f16; None for other formats, those around offsets
-    among them."""
-    if format_.kind != DOUBLE_NORMAL_FLOAT:
-        return None
-    assert isinstance(format_, DoubleNormalFloat)
-    return NormalFloat(format_.bits, format_.group)
-
-
-def with_plain_scales(quantized: Quantized) -> Quantized:
-    """The same codes with f16 scales, which differ from the doubly quantized ones by their rounding."""
-    double, plain = quantized.format, in_plain_scales(quantized.format)
-    assert plain is not None and isinstance(double, DoubleNormalFloat)
-    return plain.quantized(quantized.codes, plain.scale_parts(double.scales_of(quantized.parts)))

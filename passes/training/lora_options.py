@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from gammac.diagnostics import CompileError
-from gammac.formats import Format, IntegerFormat, parse_formats
-from gammac.formats.normal_float import in_plain_scales
+from gammac.formats import Format, IntegerFormat, in_plain_scales, parse_formats
 from gammac.ir import Module
 from gammac.passes.choices import Choices, check_choices
 from gammac.passes.quantizers import QUANTIZERS

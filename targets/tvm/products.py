@@ -67,7 +67,8 @@ def _packed(at: Lowering, weight: Weight, *, whole: bool = True) -> list[Any]:
 
     layout = _layout(at, weight)
     assert layout is not None
-    kinds = ("codes", "scales") if layout.same_zero is not None else ("codes", "scales", "zeros")
+    zeros, offsets = layout.same_zero is None, layout.around
+    kinds = ["codes", "scales", *(["zeros"] if zeros else []), *(["offsets"] if offsets else [])]
     return [
         at.f.param(f"{weight.name}.{kind}", lambda kind=kind: array(kind), whole=whole)  # type: ignore[misc]
         for kind in kinds

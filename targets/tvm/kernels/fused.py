@@ -19,7 +19,7 @@ from gammac.targets.tvm.tir.vectors import T, load, store
 Expr = Any
 Gated = Callable[[Expr, Expr, int], Expr]
 Branches = tuple[Branch | None, ...]
-KINDS: Final = ("codes", "scales", "zeros", "b", "bias")
+KINDS: Final = ("codes", "scales", "zeros", "offsets", "b", "bias")
 # bytes of one weight that one token's product reads before it turns to the other
 _IN_A_ROW: Final = 1 << 19
 # and how many such portions there are at least, for threads to share

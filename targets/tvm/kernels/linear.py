@@ -59,6 +59,7 @@ class Walk:
             self._segment(zeros, first + index, start, end)
             for i, value in enumerate(self._sums(first + index)):
                 partial.add(i, value)
+            self._shift(group, first + index)
 
         self._blocks(group * self.layout.group, inputs, segment)
         self._scaled(group, [partial.get(i) for i in range(len(self.panels) * len(self.tile.tokens))])
@@ -68,6 +69,17 @@ class Walk:
         zeros = [self.tile.zero(panel, group) for panel in self.panels]
         self._segment(zeros, group, start, end)
         self._scaled(group, self._sums(group))
+        self._shift(group, group)
+
+    def _shift(self, group: Expr, segment: Expr) -> None:
+        """A group's offset times the sum of the segment's inputs, where the format has offsets."""
+        if not self.layout.around:
+            return
+        plain, tokens = self.tile.plain(segment), len(self.tile.tokens)
+        for p, panel in enumerate(self.panels):
+            offset = panel.offset(group)
+            for t in range(tokens):
+                self.total.add(p * tokens + t, offset * plain[t])
 
     def _sums(self, segment: Expr) -> list[Expr]:
         return [value for row in self.tile.sums(segment) for value in row]
