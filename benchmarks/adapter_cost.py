@@ -24,7 +24,7 @@ from gammac.passes.add_adapters import with_adapters
 from gammac.passes.legalize_tvm import LegalizeTvm
 from gammac.pipeline import Pipeline
 from gammac.runtime.bench import Work
-from gammac.runtime.peers import SessionRunner
+from gammac.runtime.runners import SessionRunner
 from gammac.runtime.session import ArtifactSession, open_tvm
 
 HEAD: Final = ("rank", "decode tok/s", "of the base's", "bytes, base = 1", "prefill tok/s", "of the base's")
