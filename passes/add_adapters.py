@@ -18,7 +18,7 @@ from typing import ClassVar, Final
 from torch import Tensor
 
 from gammac.diagnostics import CompileError
-from gammac.ir import Builder, Module, Op, Operand, TensorType, Weight, rewrite
+from gammac.ir import Attr, Builder, Module, Op, Operand, TensorType, Weight, rewrite
 from gammac.passes.quantize import weights_are_stored_in_their_formats
 from gammac.passes.training.adapters import Factors, digest_of_stored, read_adapters
 from gammac.pipeline import Context, Invariant
@@ -107,5 +107,5 @@ def _weights(module: Module, name: str, factors: Factors, store: WeightStore) ->
 def _serving(name: str, key: str, values: Tensor, store: WeightStore) -> Weight:
     """A float weight that counts among the bits of the blocks' linears. `adapter`: see `keys_of`."""
     digest = store.put({"data": values.detach().float().contiguous()})
-    attrs = {"serves": "block", "adapter": (key,)}
+    attrs: dict[str, Attr] = {"serves": "block", "adapter": (key,)}
     return Weight(name, TensorType("f32", tuple(values.shape)), digest, attrs)

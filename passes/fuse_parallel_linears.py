@@ -21,6 +21,7 @@ import torch
 
 from gammac.formats import concat_rows, load_float, load_quantized, stored_format
 from gammac.ir import Builder, Function, Module, Op, Operand, Value, Weight, WeightRef, rewrite
+from gammac.passes.add_adapters import keys_of
 from gammac.pipeline import Context, Invariant
 from gammac.weights import WeightStore
 
@@ -88,7 +89,7 @@ def _readers(function: Function, linear: Op, apart: set[Op]) -> list[Op]:
 
 def _adapting(module: Module, linear: Op) -> bool:
     ref = linear.weight()
-    return ref is not None and "adapter" in module.weights[ref.name].attrs
+    return ref is not None and bool(keys_of(module.weights[ref.name]))
 
 
 def _joining(
@@ -160,7 +161,7 @@ def _joined(weights: list[Weight], store: WeightStore, made: dict[str, Weight]) 
         type_ = weights[0].type.with_shape(rows, *weights[0].type.shape[1:])
         attrs = {k: v for k, v in weights[0].attrs.items() if k in KEPT}
         if "adapter" in attrs:
-            attrs["adapter"] = tuple(key for w in weights for key in w.attrs["adapter"])  # type: ignore[union-attr]
+            attrs["adapter"] = tuple(key for w in weights for key in keys_of(w))
         parts = tuple(w.name for w in weights)
         made[name] = Weight(name, type_, store.put(arrays), {**attrs, "parts": parts})
     return made[name]

@@ -248,38 +248,56 @@ def _float_product(at: Lowering, x: Tensor, weight: Weight, bias: list[Any]) -> 
 
 
 def _first_factor(at: Lowering, x: Node, a: Operand) -> Tensor:
-    """x @ a.T, of a norm that is computed on the way."""
+    """x @ a.T, of a norm that is computed on the way; for one token, where x is rounded to int8 if it is."""
     rank, inputs = _sizes(at.module.weights[a.name])  # type: ignore[union-attr]
+    readers = (v for v in reversed(at.values.values()) if isinstance(v, Product) and v.x is x)
+    reader = next(readers, None) if at.device.integer and x.rows == 1 else None
+    made: list[Any] = []
+    if reader is not None:
+        segment = reader.layout.segment
+
+        def make() -> list[Any]:
+            made.extend(_rounded(at, x, segment, at.floats(a), rank))
+            return made[:-1]
+
+        _shared_rounding(at, x, segment, make)
+    if made:
+        return Tensor(made[-1], x.rows, rank)
     normed = isinstance(x, Normed)
     key = (x.rows, rank, inputs, x.eps if isinstance(x, Normed) else None)
     args = [x.x.var, x.weight] if isinstance(x, Normed) else [at.f.tensor(x).var]
-    make = at.device.low_rank
-    assert make is not None
+    low_rank = at.device.low_rank
+    assert low_rank is not None
     kind = f"low_rank{'_normed' if normed else ''}{'' if x.rows == 1 else '_many'}"
-    var = at.f.call(kind, key, lambda: make(*key), [*args, at.floats(a)], at.f.type_of(x.rows, rank))
+    var = at.f.call(kind, key, lambda: low_rank(*key), [*args, at.floats(a)], at.f.type_of(x.rows, rank))
     return Tensor(var, x.rows, rank)
 
 
 def _quantized(at: Lowering, x: Node, layout: Layout) -> list[Any]:
     """Codes, scales and sums of a product's inputs in int8, made once for all that read them alike."""
-    group, tokens = layout.segment, x.rows or TOKENS
+    return _shared_rounding(at, x, layout.segment, lambda: _rounded(at, x, layout.segment))
+
+
+def _shared_rounding(at: Lowering, x: Node, group: int, make: Callable[[], list[Any]]) -> list[Any]:
     of: Any = x if isinstance(x, Normed) else at.f.tensor(x).var
-
-    def make() -> list[Any]:
-        if isinstance(x, Normed):
-            made = rms_norm_quantize(x.width, group, tokens, x.eps)
-            args = [x.x.var, x.weight]
-        else:
-            made = quantize_activations(x.width, group, tokens)
-            args = [of]
-        types = [at.f.type_of(x.rows, int(o.shape[1]), o.dtype) for o in made.outputs]
-        eps = x.eps if isinstance(x, Normed) else None
-        kind = "quantize" if eps is None else "rms_norm_quantize"
-        out: list[Any] = at.f.call(kind, (x.rows, x.width, group, eps), lambda: made.func, args, types)
-        return out
-
     found: list[Any] = at.f.shared(("int8", of, group), make)
     return found
+
+
+def _rounded(at: Lowering, x: Node, group: int, a: Any | None = None, rank: int = 0) -> list[Any]:
+    """Codes, scales and sums, of the norm if x is one; with `a`, x @ a.T behind them."""
+    tokens, eps = x.rows or TOKENS, x.eps if isinstance(x, Normed) else None
+    if isinstance(x, Normed):
+        made = rms_norm_quantize(x.width, group, tokens, x.eps, rank)
+        args = [x.x.var, x.weight]
+    else:
+        made = quantize_activations(x.width, group, tokens, rank)
+        args = [at.f.tensor(x).var]
+    types = [at.f.type_of(x.rows, int(o.shape[1]), o.dtype) for o in made.outputs]
+    kind = f"{'quantize' if eps is None else 'rms_norm_quantize'}{'_low' if rank else ''}"
+    key = (x.rows, x.width, group, eps, rank)
+    out: list[Any] = at.f.call(kind, key, lambda: made.func, [*args, *([a] if a is not None else [])], types)
+    return out
 
 
 # ---- embedding ----------------------------------------------------------------------------------

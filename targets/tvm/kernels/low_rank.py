@@ -1,7 +1,8 @@
 """Low-rank branches beside packed weights: y = x @ weight.T + (x @ a.T) @ b.T.
 
-The first factor is a kernel of its own, for all branches that read x; its rows lie as they are, for a rank of
-8 would fill half of a panel. The second is added to the sums of the packed weight, from panels:
+The first factor is computed once for all branches that read x: in a kernel of its own or, for one token in
+int8, in the kernel that rounds x. Its rows lie as they are, for a rank of 8 would fill half of a panel. The
+second is added to the sums of the packed weight, from panels:
 
     a  f32 [ranks of all branches, inputs]     b  f32 [panels, rank, 16]
 """
@@ -55,36 +56,39 @@ def low_rank(rows: int | None, rank: int, inputs: int, eps: float | None) -> Any
         n = rows_of(rows)
         x, norm = k.arg("x", (n, inputs)), k.arg("norm", (inputs,)) if eps is not None else None
         a, y = k.arg("a", (rank, inputs)), k.arg("y", (n, rank))
-        product = _First(x, norm, a, y, eps)
-        tokens, at_once = _ONE if rows == 1 else _MANY
-        blocks = -(-rank // at_once)
+        product = FirstFactor(x, norm, a, y)
         if rows == 1:
-            factors = product.factors([0])
-            with shared_out(blocks, 4 * rank * inputs) as block:
-                product.write([0], factors, block, at_once)
+            product.write_one(0, product.factors([0], eps))
         else:
+            tokens, at_once = _MANY
             with T.parallel(0, (n + tokens - 1) // tokens) as tile:
                 # rows behind the end repeat the last one
                 row = [T.Bind(T.min(tile * tokens + i, n - 1)) for i in range(tokens)]
-                factors = product.factors(row)
-                with T.serial(0, blocks) as block:
+                factors = product.factors(row, eps)
+                with T.serial(0, -(-rank // at_once)) as block:
                     product.write(row, factors, block, at_once)
     return k.primfunc
 
 
 @dataclass(frozen=True, eq=False)
-class _First:
-    """The buffers of a first factor's kernel."""
+class FirstFactor:
+    """The buffers of x @ a.T: see `low_rank`."""
 
     x: Any
     norm: Any | None
     a: Any
     y: Any
-    eps: float | None
 
-    def factors(self, rows: list[Expr]) -> list[Expr]:
-        """One over the root mean square of each row; nothing without a norm."""
-        if self.eps is None:
+    def write_one(self, row: Expr, factors: list[Expr]) -> None:
+        """The whole of a row, shared out between threads if it is long."""
+        rank, inputs = (int(size) for size in self.a.shape)
+        tokens, at_once = _ONE
+        with shared_out(-(-rank // at_once), 4 * rank * inputs) as block:
+            self.write([row] * tokens, factors, block, at_once)
+
+    def factors(self, rows: list[Expr], eps: float | None) -> list[Expr]:
+        """One over the root mean square of each row; nothing without an eps."""
+        if eps is None:
             return []
         inputs, found = int(self.a.shape[1]), []
         for row in rows:
@@ -96,7 +100,7 @@ class _First:
 
             chunks(inputs, square)
             mean = squares.result() * T.float32(1 / inputs)
-            found.append(T.Bind(T.float32(1) / T.sqrt(mean + T.float32(self.eps))))
+            found.append(T.Bind(T.float32(1) / T.sqrt(mean + T.float32(eps))))
         return found
 
     def write(self, rows: list[Expr], factors: list[Expr], block: Expr, at_once: int) -> None:
