@@ -156,10 +156,12 @@ def quantized(module: Module, store: WeightStore, formats: dict[str, str]) -> Mo
     return module
 
 
-def adapted(store: WeightStore, shape: Shape, formats: dict[str, str], rank: int = 5) -> Module:
+def adapted(
+    store: WeightStore, shape: Shape, formats: dict[str, str], rank: int = 5, seed: int = 1
+) -> Module:
     """A quantized decoder with adapters that change its logits."""
     module = quantized(decoder(shape, store), store, formats)
-    random, factors = torch.Generator().manual_seed(1), {}
+    random, factors = torch.Generator().manual_seed(seed), {}
     for name, weight in module.weights.items():
         if weight.attrs.get("role") == "block":
             rows, columns = map(int, weight.type.shape)  # type: ignore[arg-type]

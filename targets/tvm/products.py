@@ -249,7 +249,7 @@ def _float_product(at: Lowering, x: Tensor, weight: Weight, bias: list[Any]) -> 
 
 def _first_factor(at: Lowering, x: Node, a: Operand) -> Tensor:
     """x @ a.T, of a norm that is computed on the way; for one token, where x is rounded to int8 if it is."""
-    rank, inputs = _sizes(at.module.weights[a.name])  # type: ignore[union-attr]
+    rank, inputs = _sizes(at.module.weights[a.name])
     readers = (v for v in reversed(at.values.values()) if isinstance(v, Product) and v.x is x)
     reader = next(readers, None) if at.device.integer and x.rows == 1 else None
     made: list[Any] = []
