@@ -11,13 +11,11 @@ from gammac.targets.tvm.kernels import (
     Branch,
     Layout,
     Packable,
-    quantize_activations,
-    rms_norm_quantize,
 )  # fmt: skip
-from gammac.targets.tvm.kernels.operands import TOKENS
 from gammac.targets.tvm.lowering import Lowering, function_of
 from gammac.targets.tvm.names import PANELS
 from gammac.targets.tvm.nodes import Deferred, Node, Normed, Part, Tensor, whole
+from gammac.targets.tvm.rounding import rounded, rounded_with
 
 
 def weight_of(at: Lowering, op: Op) -> Weight:
@@ -208,7 +206,7 @@ def stacked(at: Lowering, operands: Sequence[Operand]) -> Tensor | None:
     formats, rows = tuple(layout.format for layout in layouts), tuple(layout.rows for layout in layouts)
     branches, biased = tuple(part.branch for part in parts), tuple(bool(part.bias) for part in parts)
     key = (first.x.rows, formats, rows, layouts[0].columns, branches, biased)
-    inputs = _quantized(at, first.x, layouts[0]) if at.device.integer else [at.f.tensor(first.x).var]
+    inputs = rounded(at, first.x, layouts[0].segment) if at.device.integer else [at.f.tensor(first.x).var]
     weights = [array for part in parts for array in part.weights()]
     var = at.f.call(
         f"stacked{'' if first.x.rows == 1 else '_many'}", key, lambda: make(*key),
@@ -231,7 +229,7 @@ def _call(
     more: list[Any], make: Callable[[], Any],
 ) -> Tensor:  # fmt: skip
     """A kernel of `layout.rows` outputs that reads x, in int8 where products do."""
-    inputs = _quantized(at, x, layout) if at.device.integer else [at.f.tensor(x).var]
+    inputs = rounded(at, x, layout.segment) if at.device.integer else [at.f.tensor(x).var]
     name = f"{kind}_{format_.name.replace('-', '_')}{'' if x.rows == 1 else '_many'}"
     var = at.f.call(name, (x.rows, *key), make, [*inputs, *more], at.f.type_of(x.rows, layout.rows))
     return Tensor(var, x.rows, layout.rows)
@@ -250,54 +248,22 @@ def _float_product(at: Lowering, x: Tensor, weight: Weight, bias: list[Any]) -> 
 def _first_factor(at: Lowering, x: Node, a: Operand) -> Tensor:
     """x @ a.T, of a norm that is computed on the way; for one token, where x is rounded to int8 if it is."""
     rank, inputs = _sizes(at.module.weights[a.name])
+    reader = _reader(at, x) if at.device.integer and x.rows == 1 else None
+    low = None if reader is None else rounded_with(at, x, reader.layout.segment, at.floats(a), rank)
+    if low is None:
+        low_rank, eps = at.device.low_rank, x.eps if isinstance(x, Normed) else None
+        assert low_rank is not None
+        args = [x.x.var, x.weight] if isinstance(x, Normed) else [at.f.tensor(x).var]
+        kind = f"low_rank{'' if eps is None else '_normed'}{'' if x.rows == 1 else '_many'}"
+        key = (x.rows, rank, inputs, eps)
+        low = at.f.call(kind, key, lambda: low_rank(*key), [*args, at.floats(a)], at.f.type_of(x.rows, rank))
+    return Tensor(low, x.rows, rank)
+
+
+def _reader(at: Lowering, x: Node) -> Product | None:
+    """The last product so far that reads x, which stands before its adapter."""
     readers = (v for v in reversed(at.values.values()) if isinstance(v, Product) and v.x is x)
-    reader = next(readers, None) if at.device.integer and x.rows == 1 else None
-    made: list[Any] = []
-    if reader is not None:
-        segment = reader.layout.segment
-
-        def make() -> list[Any]:
-            made.extend(_rounded(at, x, segment, at.floats(a), rank))
-            return made[:-1]
-
-        _shared_rounding(at, x, segment, make)
-    if made:
-        return Tensor(made[-1], x.rows, rank)
-    normed = isinstance(x, Normed)
-    key = (x.rows, rank, inputs, x.eps if isinstance(x, Normed) else None)
-    args = [x.x.var, x.weight] if isinstance(x, Normed) else [at.f.tensor(x).var]
-    low_rank = at.device.low_rank
-    assert low_rank is not None
-    kind = f"low_rank{'_normed' if normed else ''}{'' if x.rows == 1 else '_many'}"
-    var = at.f.call(kind, key, lambda: low_rank(*key), [*args, at.floats(a)], at.f.type_of(x.rows, rank))
-    return Tensor(var, x.rows, rank)
-
-
-def _quantized(at: Lowering, x: Node, layout: Layout) -> list[Any]:
-    """Codes, scales and sums of a product's inputs in int8, made once for all that read them alike."""
-    return _shared_rounding(at, x, layout.segment, lambda: _rounded(at, x, layout.segment))
-
-
-def _shared_rounding(at: Lowering, x: Node, group: int, make: Callable[[], list[Any]]) -> list[Any]:
-    of: Any = x if isinstance(x, Normed) else at.f.tensor(x).var
-    found: list[Any] = at.f.shared(("int8", of, group), make)
-    return found
-
-
-def _rounded(at: Lowering, x: Node, group: int, a: Any | None = None, rank: int = 0) -> list[Any]:
-    """Codes, scales and sums, of the norm if x is one; with `a`, x @ a.T behind them."""
-    tokens, eps = x.rows or TOKENS, x.eps if isinstance(x, Normed) else None
-    if isinstance(x, Normed):
-        made = rms_norm_quantize(x.width, group, tokens, x.eps, rank)
-        args = [x.x.var, x.weight]
-    else:
-        made = quantize_activations(x.width, group, tokens, rank)
-        args = [at.f.tensor(x).var]
-    types = [at.f.type_of(x.rows, int(o.shape[1]), o.dtype) for o in made.outputs]
-    kind = f"{'quantize' if eps is None else 'rms_norm_quantize'}{'_low' if rank else ''}"
-    key = (x.rows, x.width, group, eps, rank)
-    out: list[Any] = at.f.call(kind, key, lambda: made.func, [*args, *([a] if a is not None else [])], types)
-    return out
+    return next(readers, None)
 
 
 # ---- embedding ----------------------------------------------------------------------------------
