@@ -43,7 +43,7 @@ class CudaDevice:
         inputs: int,
         bias: bool,
         residual: bool,
-        branch: Branch | None,
+        branch: Branch | None = None,
     ) -> Any:
         """See `Device`."""
         assert branch is None, "there is no low_rank"
@@ -56,7 +56,7 @@ class CudaDevice:
         outputs: int,
         inputs: int,
         activation: str,
-        branches: tuple[Branch | None, ...],
+        branches: tuple[Branch | None, ...] = (None, None),
     ) -> Any:
         """See `Device`."""
         assert branches == (None, None), "there is no low_rank"
