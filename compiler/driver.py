@@ -24,6 +24,7 @@ from gammac.models_zoo.registry import MODELS
 from gammac.models_zoo.texts import default_calibration_text
 from gammac.notes import fallbacks, not_quantized, notes_on
 from gammac.passes import Choices, default_pipeline, refine_of, strategy_of
+from gammac.passes.add_adapters import keys_of
 from gammac.passes.allocate import check_objective
 from gammac.passes.finetune import Distill
 from gammac.passes.legalize_onnx import within_context
@@ -244,7 +245,7 @@ def compile_model(
     with staging(out, overwrite) as folder:
         written = _lower_within_size(plan, ctx, folder, (*observers, steps.append))
         manifest = manifest_of(plan, written)
-        original = with_own_adapters(plan.module, plan.request.choices, plan.target, plan.store)
+        original = with_own_adapters(plan.module, plan.request.choices, plan.store)
         checked = closing_check(plan.backend, original, written.module, ctx, folder, manifest, plan.folder)
         manifest = seal(folder, manifest)
     cost = module_cost(written.module, plan.target)
@@ -332,6 +333,8 @@ def manifest_of(plan: Plan, written: Written) -> Manifest:
         labels=labels_of(module),
         activations=plan.backend.activations,
         code=plan.backend.code,
+        adapters={n: keys_of(w) for n, w in module.weights.items() if "adapter" in w.attrs},
+        adapter_base=str(module.attrs.get("adapter_base", "")),
         tools=tool_versions((*TOOLS, *plan.backend.tools)),
     )
 

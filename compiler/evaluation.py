@@ -18,10 +18,12 @@ from gammac.runtime.tasks import accuracy, read_task
 
 def evaluate_artifact(
     folder: Path, text: Path | None, windows: int, reference: str | None, tasks: Sequence[Path],
-    limit: int | None, threads: int | None, progress: Progress,
+    limit: int | None, threads: int | None, progress: Progress, adapters: Path | None = None,
 ) -> dict[str, float | int | str]:  # fmt: skip
     """Figures by name. Raises CompileError for what can't be read or doesn't fit together."""
-    session = open_predictor(folder, threads)
+    if adapters is not None and not is_artifact(folder):
+        raise CompileError(f"{folder} is no artifact: nothing else takes --adapters")
+    session = open_predictor(folder, threads, adapters)
     original = resolve(reference) if reference is not None else None
     tokenizer = load_tokenizer(_tokenizer_folder(folder, original))
     found: dict[str, float | int | str] = {}

@@ -22,7 +22,7 @@ from gammac.passes.collect_grams import CollectGrams
 from gammac.passes.quantizers import make_quantizer
 from gammac.passes.training.adapters import ADAPTERS, write_adapters
 from gammac.passes.training.lora import Lora
-from gammac.passes.training.lora_options import LoraOptions, demand_divisible
+from gammac.passes.training.lora_options import LoraOptions, demand_divisible, runs
 from gammac.passes.training.trained import Trained, write_trained
 from gammac.passes.training.trainer import Batches, Data, Trainer
 from gammac.pipeline import Context, Pipeline
@@ -91,8 +91,9 @@ def base_of(training: Training, ctx: Context) -> dict[str, Quantized]:
     """The codes that adapters learn beside; found again where they were made before."""
     options = training.request.options
     assert isinstance(options, LoraOptions)
-    # what is merged is quantized again: the target runs that, and need not run the base
-    ctx = replace(ctx, target=load_target(REFERENCE)) if options.merge else ctx
+    # the target need not run the base as it is: merged, it is quantized again, or its scales become f16
+    if options.merge or not runs(options.base, ctx.target, training.compiler):
+        ctx = replace(ctx, target=load_target(REFERENCE))
     return _codes(training, training.module, options, options.base, ctx)
 
 

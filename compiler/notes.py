@@ -47,9 +47,15 @@ def never_run(choices: Choices, target: Target, module: Module, *, compiler: boo
 
 def notes_on(choices: Choices, target: Target, module: Module, *, compiler: bool) -> Iterator[str]:
     """What a user should know of a module as it was emitted, and might not expect."""
-    left = list(not_quantized(module))
+    adapters = sum("adapter" in w.attrs for w in module.weights.values())
+    if adapters:
+        yield f"adapters stay f32, in {adapters} weights"
+    left = [name for name, why in not_quantized(module) if why != ADAPTER]
     if left:
-        yield f"{len(left)} weights stay f32: {', '.join(name for name, _ in left)}"
+        yield f"{len(left)} weights stay f32: {', '.join(left)}"
+    trained = {str(w.attrs["trained_as"]) for w in module.weights.values() if "trained_as" in w.attrs}
+    if trained:
+        yield f"{', '.join(sorted(trained))} is stored with f16 scales: {target.emitter} reads no others"
     changed = list(fallbacks(choices, module))
     if changed:
         yield f"{len(changed)} weights got another group size: {changed[0][0]}: {changed[0][1]}"

@@ -11,7 +11,6 @@ from gammac.passes.add_adapters import with_adapters
 from gammac.passes.choices import adapters_of
 from gammac.passes.training.adapters import read_adapters
 from gammac.passes.training.trained import is_trained
-from gammac.targets.target import Target
 from gammac.weights import WeightStore
 
 
@@ -41,8 +40,8 @@ def trained_choices(choices: Choices, source: Source) -> Choices:
     return Choices(trained=str(source.folder), adapters=choices.adapters)
 
 
-def with_own_adapters(module: Module, choices: Choices, target: Target, store: WeightStore) -> Module:
+def with_own_adapters(module: Module, choices: Choices, store: WeightStore) -> Module:
     """What an artifact is compared with: the module as it came, with adapters where there are some."""
-    for adding in adapters_of(choices, target.emitter):
+    for adding in adapters_of(choices):
         module = with_adapters(module, read_adapters(Path(adding.file)).factors, store)
     return module

@@ -13,21 +13,25 @@ The module that adapters are trained in is made by the same function, so that it
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Final
 
 from torch import Tensor
 
 from gammac.diagnostics import CompileError
-from gammac.ir import Builder, Module, Op, Operand, TensorType, Weight, rewrite
+from gammac.ir import Attr, Builder, Module, Op, Operand, TensorType, Weight, rewrite
 from gammac.passes.quantize import weights_are_stored_in_their_formats
 from gammac.passes.training.adapters import Factors, digest_of_stored, read_adapters
 from gammac.pipeline import Context, Invariant
 from gammac.weights import WeightStore
 
+FIRST: Final = "a"
+SECOND: Final = "b"
+
 
 @dataclass(frozen=True)
 class AddAdapters:
-    """`file` is an adapters.safetensors, `digest` that of its bytes."""
+    """`file` is an adapters.safetensors, `digest` that of its bytes. The base's digest stays with the module,
+    so that its artifact takes other adapters."""
 
     name: ClassVar[str] = "add_adapters"
     reads: ClassVar[tuple[str, ...]] = ()
@@ -39,19 +43,32 @@ class AddAdapters:
     def run(self, module: Module, ctx: Context) -> Module:
         """Raises CompileError for a file of another base."""
         adapters = read_adapters(Path(self.file))
-        if adapters.base != digest_of_stored(module):
+        if adapters.base != module.attrs.get("trained_base", digest_of_stored(module)):
             raise CompileError(
                 f"{self.file} was trained on another base than {module.name}'s",
                 hint="adapters fit the base that they were trained on: same model, --formats, --quantizer "
                 "and calibration",
             )
-        return with_adapters(module, adapters.factors, ctx.store)
+        return with_adapters(module, adapters.factors, ctx.store).with_attrs(adapter_base=adapters.base)
 
 
 def adapter_names(name: str) -> tuple[str, str]:
     """What a and b of a weight are called in a module."""
     stem = name.removesuffix(".weight")
     return f"{stem}.lora_a.weight", f"{stem}.lora_b.weight"
+
+
+def keys_of(weight: Weight) -> tuple[str, ...]:
+    """What files of adapters call a weight, or the rows that it is made of; nothing for other weights."""
+    keys = weight.attrs.get("adapter", ())
+    assert isinstance(keys, tuple)
+    return tuple(map(str, keys))
+
+
+def factor_of(weight: Weight) -> str:
+    """FIRST or SECOND for a factor of adapters, or of several that are joined; else nothing."""
+    keys = keys_of(weight)
+    return keys[0].rpartition("/")[2] if keys else ""
 
 
 def with_adapters(module: Module, factors: Mapping[str, Factors], store: WeightStore) -> Module:
@@ -84,10 +101,11 @@ def _weights(module: Module, name: str, factors: Factors, store: WeightStore) ->
     if b.shape[1] != rank:
         raise CompileError(f"its factors have ranks {b.shape[1]} and {rank}", loc=name)
     first, second = adapter_names(name)
-    return _serving(first, a, store), _serving(second, b, store)
+    return _serving(first, f"{name}/{FIRST}", a, store), _serving(second, f"{name}/{SECOND}", b, store)
 
 
-def _serving(name: str, values: Tensor, store: WeightStore) -> Weight:
-    """A float weight that counts among the bits of the blocks' linears."""
+def _serving(name: str, key: str, values: Tensor, store: WeightStore) -> Weight:
+    """A float weight that counts among the bits of the blocks' linears. `adapter`: see `keys_of`."""
     digest = store.put({"data": values.detach().float().contiguous()})
-    return Weight(name, TensorType("f32", tuple(values.shape)), digest, {"serves": "block", "adapter": True})
+    attrs: dict[str, Attr] = {"serves": "block", "adapter": (key,)}
+    return Weight(name, TensorType("f32", tuple(values.shape)), digest, attrs)

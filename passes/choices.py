@@ -228,14 +228,14 @@ def adopted_of(choices: Choices, emitter: str, compiler: bool) -> tuple[Pass, ..
     for name, how in trained.activations.items():
         demand_activations(int(how["bits"]), [parse_format(trained.formats[name])], emitter, compiler)
     rounded = (RoundTrainedInputs(choices.trained, digest),) if trained.activations else ()
-    beside = adapters_of(choices, emitter)
+    beside = adapters_of(choices)
     return (AdoptTrained(choices.trained, digest, compiler), Quantize(), *rounded, *beside)
 
 
-def adapters_of(choices: Choices, emitter: str) -> tuple[AddAdapters, ...]:
+def adapters_of(choices: Choices) -> tuple[AddAdapters, ...]:
     """The pass that adds the adapters of a trained folder, or others of the same base; or nothing.
 
-    Raises CompileError where the emitter does not run them.
+    Raises CompileError for a file that holds none.
     """
     if not choices.trained:
         return ()
@@ -243,9 +243,4 @@ def adapters_of(choices: Choices, emitter: str) -> tuple[AddAdapters, ...]:
     if not choices.adapters and not file.is_file():
         return ()
     read_adapters(file)
-    if emitter not in RUN_ACTIVATIONS:
-        raise CompileError(
-            f"the emitter {emitter} runs no adapters beside quantized weights",
-            hint="onnx does; or gammac finetune --merge",
-        )
     return (AddAdapters(str(file), hashlib.sha256(file.read_bytes()).hexdigest()),)

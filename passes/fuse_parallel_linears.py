@@ -21,18 +21,20 @@ import torch
 
 from gammac.formats import concat_rows, load_float, load_quantized, stored_format
 from gammac.ir import Builder, Function, Module, Op, Operand, Value, Weight, WeightRef, rewrite
+from gammac.passes.add_adapters import keys_of
 from gammac.pipeline import Context, Invariant
 from gammac.weights import WeightStore
 
 # what a fused weight has from the first of its parts
-KEPT: Final = ("stored", "role", "format", "quantizer", "serves", "adapter")
+KEPT: Final = ("stored", "role", "format", "quantizer", "serves", "adapter", "trained_as")
 
 
 @dataclass(frozen=True)
 class FuseParallelLinears:
     """Join q, k and v, and gate and up, where their weights are stored alike. Without `gates`, linears that
     meet in one product of elements stay apart, for a backend that has one kernel for the three; without
-    `partly`, linears are joined with all that read the same value or not at all."""
+    `partly`, linears are joined with all that read the same value or not at all, but for adapters' first
+    factors: a product that has an adapter reads its part of them."""
 
     name: ClassVar[str] = "fuse_parallel_linears"
     reads: ClassVar[tuple[str, ...]] = ()
@@ -53,7 +55,9 @@ class FuseParallelLinears:
         apart = set() if self.gates else gates(function)
         groups = _parallel(function, module, apart)
         if not self.partly:
-            groups = [group for group in groups if len(group) == len(_readers(function, group[0], apart))]
+            groups = [
+                g for g in groups if _adapting(module, g[0]) or len(g) == len(_readers(function, g[0], apart))
+            ]
         return _joining(function, groups, module, store, made)
 
 
@@ -81,6 +85,11 @@ def _readers(function: Function, linear: Op, apart: set[Op]) -> list[Op]:
     """The linears that read what one reads."""
     x = linear.operands[0]
     return [op for op in function.ops if op.name == "linear" and op not in apart and op.operands[0] is x]
+
+
+def _adapting(module: Module, linear: Op) -> bool:
+    ref = linear.weight()
+    return ref is not None and bool(keys_of(module.weights[ref.name]))
 
 
 def _joining(
@@ -115,8 +124,8 @@ def _parallel(function: Function, module: Module, apart: set[Op]) -> list[list[O
         format_ = stored_format(weight)
         if format_ is not None and not format_.by_rows:
             continue
-        alike = (weight.attrs.get(attr) for attr in ("stored", "role", "adapter"))
-        key = (op.operands[0], len(op.operands), *alike)
+        alike = (weight.attrs.get(attr) for attr in ("stored", "role"))
+        key = (op.operands[0], len(op.operands), "adapter" in weight.attrs, *alike)
         groups.setdefault(key, []).append(op)
     return [group for group in groups.values() if len(group) > 1]
 
@@ -151,6 +160,8 @@ def _joined(weights: list[Weight], store: WeightStore, made: dict[str, Weight]) 
         rows = sum(size for size in sizes if isinstance(size, int))
         type_ = weights[0].type.with_shape(rows, *weights[0].type.shape[1:])
         attrs = {k: v for k, v in weights[0].attrs.items() if k in KEPT}
+        if "adapter" in attrs:
+            attrs["adapter"] = tuple(key for w in weights for key in keys_of(w))
         parts = tuple(w.name for w in weights)
         made[name] = Weight(name, type_, store.put(arrays), {**attrs, "parts": parts})
     return made[name]

@@ -6,7 +6,16 @@ import numpy as np
 import torch
 import tvm
 
-from gammac.formats import Format, IntegerFormat, NormalFloat, Quantized, TwoFourFormat, keep_two, spread
+from gammac.formats import (
+    Format,
+    IntegerFormat,
+    NormalFloat,
+    OffsetNormalFloat,
+    Quantized,
+    TwoFourFormat,
+    keep_two,
+    spread,
+)
 from gammac.formats.normal_float import normal_levels
 from gammac.targets.tvm.kernels import Isa, Kernel, Layout, lowering, pack
 
@@ -27,7 +36,9 @@ def random_weight(format_: Format, rows: int, columns: int, seed: int = 0) -> Qu
 
     scales = torch.from_numpy((rng.random(groups) * 0.1 + 0.01).astype(np.float16))
     if isinstance(format_, NormalFloat):
-        return format_.quantized(codes((rows, columns)), {"scales": scales})
+        offsets = torch.from_numpy((rng.random(groups) * 0.1 - 0.05).astype(np.float16))
+        more = {"offsets": offsets} if isinstance(format_, OffsetNormalFloat) else {}
+        return format_.quantized(codes((rows, columns)), {"scales": scales, **more})
     return format_.quantized(codes((rows, columns)), scales, None if format_.symmetric else codes(groups))
 
 
@@ -60,6 +71,9 @@ def _meant_by(weight: Quantized, integer: bool) -> Any:
     size = weight.format.inputs_per_scale(weight.codes.shape[1])
     scales = spread(weight.scales.double(), size, weight.codes.shape[1])
     rounded = levels[weight.codes.long()] * scales
+    if isinstance(weight.format, OffsetNormalFloat):
+        offsets = weight.format.offsets_of(weight.parts).double()
+        rounded += spread(offsets, size, weight.codes.shape[1])
     # by at most a 254th of the scale
     assert bool(((rounded - weight.dequantize().double()).abs() <= scales / 254 * 1.001).all())
     return rounded.numpy()

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from gammac.formats import IntegerFormat, NormalFloat, Quantized, parse_format
 from gammac.ir import Builder, Function, Module, Operand, Sym, TensorType, Value, Weight, WeightRef
+from gammac.passes.add_adapters import with_adapters
 from gammac.passes.quantizers import make_quantizer
 from gammac.weights import WeightStore
 
@@ -153,6 +154,20 @@ def quantized(module: Module, store: WeightStore, formats: dict[str, str]) -> Mo
             )
             module = module.with_weights(stored)
     return module
+
+
+def adapted(
+    store: WeightStore, shape: Shape, formats: dict[str, str], rank: int = 5, seed: int = 1
+) -> Module:
+    """A quantized decoder with adapters that change its logits."""
+    module = quantized(decoder(shape, store), store, formats)
+    random, factors = torch.Generator().manual_seed(seed), {}
+    for name, weight in module.weights.items():
+        if weight.attrs.get("role") == "block":
+            rows, columns = map(int, weight.type.shape)  # type: ignore[arg-type]
+            a = torch.randn(rank, columns, generator=random) / columns**0.5
+            factors[name] = (a, torch.randn(rows, rank, generator=random) / rank**0.5)
+    return with_adapters(module, factors, store)
 
 
 def cached_inputs(module: Module, seq: int, past: int, batch: int = 1) -> dict[str, Tensor]:

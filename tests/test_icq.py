@@ -10,7 +10,14 @@ from test_lora import _data, _method
 
 from gammac.diagnostics import CompileError
 from gammac.driver import Request, make_plan
-from gammac.formats import CalibratedNormalFloat, DoubleNormalFloat, Quantized, parse_format
+from gammac.formats import (
+    CalibratedNormalFloat,
+    DoubleNormalFloat,
+    OffsetNormalFloat,
+    Quantized,
+    parse_format,
+    with_plain_scales,
+)
 from gammac.passes import Choices
 from gammac.passes.quantizers import make_quantizer
 from gammac.passes.quantizers.icq import SIGMA, entropies, offsets_by_entropy
@@ -91,6 +98,22 @@ def test_storage_is_what_the_parts_take() -> None:
     assert more / big**2 == pytest.approx(0.126, abs=5e-4)
     assert format_.storage_bits(big, big) / big**2 == pytest.approx(4.253, abs=5e-4)
     assert digest_of(_pair(_weight("shifted"), 4)[0].parts) == digest_of(found.parts)
+
+
+def test_offsets_in_f16_are_the_same_format_with_more_bits() -> None:
+    weight = _weight("shifted")
+    double, _ = _pair(weight, 3)
+    kept = with_plain_scales(double)
+    format_, bits = kept.format, kept.format.part_bits()
+    assert isinstance(format_, OffsetNormalFloat) and format_ == parse_format("nf3g64-offset")
+    assert format_.storage_bits(48, 256) == sum(t.numel() * bits[n] for n, t in kept.parts.items())
+    assert format_.storage_bits(48, 256) / (48 * 256) == 3.5
+    assert torch.equal(kept.codes, double.codes)
+    assert (kept.dequantize() - double.dequantize()).abs().max() < 1e-3 * weight.abs().max()
+    (own,) = make_quantizer("icq:steps=12").quantize(weight, None, [format_])
+    (plain,) = make_quantizer("nf").quantize(weight, None, [format_.plain])
+    said, before = (entropies(by_group(q.codes, 64), 8) for q in (own, plain))
+    assert (said >= before).all() and (said > before).float().mean() > 0.3
 
 
 def test_the_name_is_read_and_other_formats_stay() -> None:

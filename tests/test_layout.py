@@ -16,7 +16,7 @@ FOLDERS = CONFIG["tool"]["setuptools"]["package-dir"]
 LAYERS = [
     ["gammac"],
     ["gammac.diagnostics"],
-    ["gammac.files", "gammac.processor"],
+    ["gammac.files", "gammac.processor", "gammac.adapter_file"],
     ["gammac.ir"],
     ["gammac.weights"],
     ["gammac.formats", "gammac.budget", "gammac.progress", "gammac.texts"],

@@ -2,10 +2,11 @@
 
 import json
 import math
-from dataclasses import replace
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -18,19 +19,20 @@ from training_runs import killed_and_resumed
 from gammac.cli import main
 from gammac.diagnostics import CompileError
 from gammac.driver import Compiled, Request, calibration_of, compile_model, make_plan
-from gammac.formats import Quantized, load_candidate, load_quantized, parse_format
+from gammac.formats import Quantized, in_plain_scales, load_candidate, load_quantized, parse_format
 from gammac.lora_training import finetune_lora
 from gammac.passes import Choices
 from gammac.passes.add_adapters import AddAdapters, adapter_names, with_adapters
 from gammac.passes.candidates import Candidates
 from gammac.passes.training.adapters import ADAPTERS, Adapters, read_adapters, write_adapters
 from gammac.passes.training.lora import Lora
-from gammac.passes.training.lora_options import LoraOptions
+from gammac.passes.training.lora_options import LoraOptions, runs
 from gammac.passes.training.trained import CODES, read_trained
 from gammac.passes.training.trainer import Data, Schedule, Trainer, smoothed_losses
 from gammac.pipeline import Context
 from gammac.runtime.check import Check
 from gammac.runtime.evaluate import Comparison
+from gammac.runtime.session import open_session
 from gammac.targets.target import load_target
 from gammac.training import TrainRequest, make_training
 from gammac.weights import WeightStore, digest_of
@@ -186,15 +188,26 @@ def compiled(place: Path) -> Compiled:
     return _compile(place, "out", place / "artifact")
 
 
+@pytest.fixture(scope="module")
+def other(place: Path) -> Path:
+    """Other adapters on the same base."""
+    _finetune(place, "other", seed=1)
+    assert (place / "out" / CODES).read_bytes() == (place / "other" / CODES).read_bytes()
+    return place / "other" / ADAPTERS
+
+
 def _options(**options: Any) -> LoraOptions:
     return LoraOptions(**{"format": "w4g32", "table": "w8g32", "rank": 2, **options})
 
 
-def _request(place: Path, seed: int = 0, target: str = "cpu-x86", **options: Any) -> TrainRequest:
+def _request(
+    place: Path, seed: int = 0, target: str = "cpu-x86", backend: str = "", **options: Any
+) -> TrainRequest:
     schedule = Schedule(8 * 2 * 16, batch=2, rate=1e-2, seed=seed)
     return TrainRequest(
-        str(place / "model"), _options(**options), schedule, place / "text", 16, target=target
-    )
+        str(place / "model"), _options(**options), schedule, place / "text", 16, target=target,
+        backend=backend,
+    )  # fmt: skip
 
 
 def _finetune(place: Path, name: str, **options: Any) -> dict[str, Any]:
@@ -202,10 +215,12 @@ def _finetune(place: Path, name: str, **options: Any) -> dict[str, Any]:
     return dict(finetune_lora(training, place / name, place / "cache").trained.figures)
 
 
-def _compile(place: Path, name: str, out: Path, adapters: str = "") -> Compiled:
+def _compile(
+    place: Path, name: str, out: Path, adapters: str = "", target: str = "cpu-x86", backend: str = ""
+) -> Compiled:
     request = Request(
-        str(place / name), "cpu-x86", budget="4", choices=Choices(adapters=adapters),
-        calibration=place / "text",
+        str(place / name), target, budget="4", choices=Choices(adapters=adapters),
+        calibration=place / "text", backend=backend,
     )  # fmt: skip
     return compile_model(make_plan(request, place / "cache"), out)
 
@@ -272,23 +287,81 @@ def test_the_artifact_has_the_base_and_its_adapters_and_predicts_what_was_traine
 
 
 def test_adapters_of_the_same_base_are_swapped_and_those_of_another_refused(
-    place: Path, tmp_path: Path, compiled: Compiled
+    place: Path, tmp_path: Path, compiled: Compiled, other: Path
 ) -> None:
-    _finetune(place, "other", seed=1)
-    file = place / "other" / ADAPTERS
-    assert (place / "out" / CODES).read_bytes() == (place / "other" / CODES).read_bytes()
-    swapped = _compile(place, "out", tmp_path / "swapped", str(file))
+    swapped = _compile(place, "out", tmp_path / "swapped", str(other))
     own = _compile(place, "other", tmp_path / "own")
     assert (tmp_path / "swapped" / "model.onnx.data").read_bytes() == (
         tmp_path / "own" / "model.onnx.data"
     ).read_bytes()
     assert _loss(swapped) == _loss(own) != _loss(compiled)
-    found = read_adapters(file)
+    found = read_adapters(other)
     write_adapters(tmp_path / "foreign", Adapters(found.method, "0" * 64, found.factors))
     with pytest.raises(CompileError, match="another base"):
         _compile(place, "out", tmp_path / "never", str(tmp_path / "foreign"))
     with pytest.raises(CompileError, match="no folder of a training"):
-        _compile(place, "model", tmp_path / "never", str(file))
+        _compile(place, "model", tmp_path / "never", str(other))
+
+
+@pytest.mark.parametrize("backend", ["onnx", "tvm"])
+def test_an_artifact_runs_with_other_adapters_of_its_base(
+    backend: str, place: Path, tmp_path: Path, compiled: Compiled, other: Path
+) -> None:
+    if backend == "tvm":
+        demand_tvm()
+    kept = compiled if backend == "onnx" else _compile(place, "out", tmp_path / "kept", backend=backend)
+    assert kept.manifest.emitter == backend and kept.manifest.true_bits == compiled.manifest.true_bits
+    # as good as ONNX's, whose int8 has other groups
+    assert _loss(kept) == pytest.approx(_loss(compiled), rel=0.005)
+    compiled_in = _compile(place, "other", tmp_path / "own", backend=backend)
+    tokens = np.arange(12)[None] % 40 + 3
+    logits = [
+        open_session(folder, 1, adapters=file).logits(tokens)
+        for folder, file in ((kept.folder, other), (compiled_in.folder, None), (kept.folder, None))
+    ]
+    np.testing.assert_array_equal(logits[0], logits[1])
+    assert np.abs(logits[0] - logits[2]).max() > 1e-3
+
+
+def demand_tvm() -> None:
+    pytest.importorskip("tvm", reason="needs the extra tvm")
+    from gammac.targets.tvm.toolchain import find_linker
+
+    if find_linker() is None:
+        pytest.skip("nothing links a shared library")
+
+
+def test_adapters_that_do_not_fit_an_artifact_are_refused(
+    place: Path, tmp_path: Path, compiled: Compiled, other: Path
+) -> None:
+    found = read_adapters(other)
+
+    def refused(factors: dict[str, Any], said: str, base: str = found.base) -> None:
+        write_adapters(tmp_path / "file", Adapters(found.method, base, factors))
+        run = ["run", str(compiled.folder), "--prompt", "The", "--adapters", str(tmp_path / "file")]
+        done = CliRunner().invoke(main, run)
+        assert done.exit_code == 1 and said in done.output, done.output
+
+    factors = dict(found.factors)
+    refused(factors, "trained on another base", "0" * 64)
+    refused({n: (a[:1], b[:, :1]) for n, (a, b) in factors.items()}, "another rank")
+    name, pair = factors.popitem()
+    refused(factors, f"lacks {name}/a")
+    refused(
+        {**factors, name: pair, "elsewhere": (pair[0].clone(), pair[1].clone())},
+        "has, and the artifact has not, elsewhere/a",
+    )
+    bare = _without_adapters(compiled.folder, tmp_path / "bare")
+    done = CliRunner().invoke(main, ["run", str(bare), "--prompt", "The", "--adapters", str(other)])
+    assert done.exit_code == 1 and "has no adapters that others could stand for" in done.output
+
+
+def _without_adapters(folder: Path, to: Path) -> Path:
+    """An artifact whose manifest speaks of none."""
+    shutil.copytree(folder, to)
+    said = json.loads((to / "manifest.json").read_text())
+    (to / "manifest.json").write_text(json.dumps({**said, "adapters": {}, "adapter_base": ""}))
+    return to
 
 
 def test_merged_weights_are_quantized_again_and_the_cost_is_told(place: Path, tmp_path: Path) -> None:
@@ -308,9 +381,37 @@ def test_what_no_kernel_runs_is_refused_before_training(place: Path) -> None:
     ):
         with pytest.raises(CompileError, match=message):
             make_training(_request(place, target=target, **options), place / "cache")
-    request = replace(_request(place), backend="tvm")
-    with pytest.raises(CompileError, match="runs no adapters"):
-        make_training(request, place / "cache")
+    demand_tvm()
+    for target, format_ in (("cpu-x86", "nf4g32-icq"), ("cuda", "nf4g32-dq")):
+        with pytest.raises(CompileError, match=f"does not run {format_}"):
+            make_training(_request(place, target=target, backend="tvm", format=format_), place / "cache")
+
+
+@pytest.mark.parametrize("trained", ["nf4g32-dq", "nf4g32-icq"])
+def test_tvm_runs_a_doubly_quantized_base_with_plain_scales(
+    trained: str, place: Path, tmp_path: Path
+) -> None:
+    demand_tvm()
+    if not runs(parse_format("nf4g32"), load_target("cpu", "tvm"), True):
+        pytest.skip("this processor looks no bytes up")
+    figures = _finetune(place, trained, target="cpu", backend="tvm", format=trained)
+    assert set(read_trained(place / trained).formats.values()) == {trained, "w8g32"}
+    compiled = _compile(place, trained, tmp_path / "artifact", target="cpu", backend="tvm")
+    plain = in_plain_scales(parse_format(trained))
+    assert plain is not None and set(compiled.manifest.allocation.values()) == {plain.name, "w8g32"}
+    # what is counted is what is stored
+    bits = plain.storage_bits(64, 64) / 64**2 + figures["adapter_bits"]
+    assert compiled.manifest.true_bits == pytest.approx(bits) and bits > figures["true_bits"] + 0.1
+    assert f"{trained} is stored with f16 scales: tvm reads no others" in compiled.notes
+    # and what is computed is what was trained
+    comparison = _comparison(compiled)
+    assert math.log(comparison.ppl) == pytest.approx(math.log(comparison.ppl_reference), rel=0.005)
+    store = WeightStore(place / "cache" / "weights")
+    for name, weight in compiled.module.weights.items():
+        if weight.attrs.get("trained_as"):
+            kept = load_quantized(weight, store).dequantize()
+            before = load_file(place / trained / "model.safetensors")[name]
+            assert 0 < (kept - before).abs().max() < 1e-3 * before.abs().max()
 
 
 def test_the_command_trains_and_refuses_options_of_the_other_method(place: Path, tmp_path: Path) -> None:

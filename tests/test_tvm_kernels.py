@@ -56,7 +56,7 @@ HERE = {
 FORMATS = [
     "w1g32", "w2g16", "w2g128-sym", "w3g64", "w3g96-sym", "w3g16", "w4g64", "w4g32-sym", "w4channel", "w5g64",
     "w5g48", "w6g32", "w6channel-sym", "w7g64", "w7g16-sym", "w8g128", "w8channel-sym", "w3g256", "w2g20",
-    "nf2g64", "nf3g32", "nf4g64", "nf4channel",
+    "nf2g64", "nf3g32", "nf4g64", "nf4channel", "nf4g64-offset", "nf3channel-offset",
 ]  # fmt: skip
 
 

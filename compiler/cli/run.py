@@ -12,6 +12,10 @@ from gammac.diagnostics import CompileError
 
 ARTIFACT: Final = click.argument("artifact", type=click.Path(path_type=Path))
 THREADS: Final = click.option("--threads", type=click.IntRange(1), help="Default: the physical cores.")
+ADAPTERS: Final = click.option(
+    "--adapters", type=click.Path(path_type=Path),
+    help="An adapters.safetensors in place of the artifact's, trained on the same base with the same rank.",
+)  # fmt: skip
 
 
 @click.command()
@@ -23,14 +27,18 @@ THREADS: Final = click.option("--threads", type=click.IntRange(1), help="Default
 @click.option("--top-p", default=1.0, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--chat/--no-chat", default=None, help="Use the chat template (default: if there is one).")
+@ADAPTERS
 @THREADS
-def run(artifact: Path, prompt: str, chat: bool | None, threads: int | None, **sampling: Any) -> None:
+def run(
+    artifact: Path, prompt: str, chat: bool | None, adapters: Path | None, threads: int | None,
+    **sampling: Any,
+) -> None:  # fmt: skip
     """Generate text from an artifact."""
     from gammac.runtime.generate import end_tokens, generate, load_tokenizer
     from gammac.runtime.imports import without_torch
     from gammac.runtime.session import open_session
 
-    session = open_session(artifact, threads)
+    session = open_session(artifact, threads, adapters=adapters)
     _say_where(artifact)
     with without_torch():
         tokenizer = load_tokenizer(artifact)
@@ -51,10 +59,11 @@ def run(artifact: Path, prompt: str, chat: bool | None, threads: int | None, **s
 )
 @click.option("--limit", type=int, help="Only the first examples of each task.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@ADAPTERS
 @THREADS
 def eval_command(
     artifact: Path, text: Path | None, windows: int, reference: str | None, tasks: tuple[Path, ...],
-    limit: int | None, as_json: bool, threads: int | None,
+    limit: int | None, as_json: bool, adapters: Path | None, threads: int | None,
 ) -> None:  # fmt: skip
     """Perplexity, KL divergence and zero-shot accuracy, all from the artifact itself."""
     from gammac.evaluation import evaluate_artifact
@@ -62,7 +71,9 @@ def eval_command(
     if text is None and not tasks:
         raise CompileError("nothing to evaluate on", hint="give --text FILE or --task FILE")
     _say_where(artifact)
-    found = evaluate_artifact(artifact, text, windows, reference, tasks, limit, threads, show_progress)
+    found = evaluate_artifact(
+        artifact, text, windows, reference, tasks, limit, threads, show_progress, adapters
+    )
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return

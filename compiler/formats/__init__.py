@@ -6,6 +6,7 @@
     nf4g64         codes that name quantiles of a normal distribution, one f16 scale for each 64 inputs
     nf4g64-dq      the same with quantized scales
     nf4g64-icq     the same around an offset for each 64 inputs, in 8 bits
+    nf4g64-offset  that with scales and offsets as f16
     fdb2g64        two binary planes, an f16 scale for each of them and for each 64 inputs
     pb1.7g128      a tenth of the weights in 8 bits, the others binary; a bitmap says which
     bi1.1g128      binary with a second bit: a residual's sign in salient columns, elsewhere one of two scales
@@ -27,7 +28,14 @@ from gammac.formats.base import (
     spread,
 )
 from gammac.formats.binary_residual import BINARY_RESIDUAL, BinaryResidualFormat
-from gammac.formats.calibrated import CALIBRATED_NORMAL_FLOAT, CalibratedNormalFloat
+from gammac.formats.calibrated import (
+    CALIBRATED_NORMAL_FLOAT,
+    OFFSET_NORMAL_FLOAT,
+    CalibratedNormalFloat,
+    OffsetNormalFloat,
+    in_plain_scales,
+    with_plain_scales,
+)
 from gammac.formats.dual_binary import DUAL_BINARY, DualBinaryFormat
 from gammac.formats.integer import INTEGER, IntegerFormat
 from gammac.formats.names import parse_format, parse_formats
@@ -60,6 +68,7 @@ __all__ = [
     "FALLBACK_GROUPS",
     "INTEGER",
     "NORMAL_FLOAT",
+    "OFFSET_NORMAL_FLOAT",
     "PARTLY_BINARY",
     "SCALE_BITS",
     "TRELLIS",
@@ -71,6 +80,7 @@ __all__ = [
     "Format",
     "IntegerFormat",
     "NormalFloat",
+    "OffsetNormalFloat",
     "PartlyBinaryFormat",
     "Quantized",
     "TrellisFormat",
@@ -78,6 +88,7 @@ __all__ = [
     "candidates_of",
     "code_values",
     "concat_rows",
+    "in_plain_scales",
     "is_two_four",
     "keep_two",
     "load_candidate",
@@ -91,4 +102,5 @@ __all__ = [
     "spread",
     "stored_format",
     "tile_bounds",
+    "with_plain_scales",
 ]

@@ -7,7 +7,7 @@ from typing import Final
 from gammac.diagnostics import CompileError
 from gammac.formats.base import CHANNEL, Format
 from gammac.formats.binary_residual import BinaryResidualFormat
-from gammac.formats.calibrated import CalibratedNormalFloat
+from gammac.formats.calibrated import CalibratedNormalFloat, OffsetNormalFloat
 from gammac.formats.dual_binary import DualBinaryFormat
 from gammac.formats.integer import IntegerFormat
 from gammac.formats.normal_float import DoubleNormalFloat, NormalFloat
@@ -22,6 +22,7 @@ SPELLINGS: Final[Sequence[tuple[str, Callable[[Found, int], Format]]]] = (
     (rf"w([1-8]){GROUP}(-sym)?", lambda m, group: IntegerFormat(int(m[1]), group, bool(m[3]))),
     (rf"nf([234]){GROUP}", lambda m, group: NormalFloat(int(m[1]), group)),
     (rf"nf([234]){GROUP}-dq", lambda m, group: DoubleNormalFloat(int(m[1]), group)),
+    (rf"nf([234]){GROUP}-offset", lambda m, group: OffsetNormalFloat(int(m[1]), group)),
     (rf"nf([234]){GROUP}-icq", lambda m, group: CalibratedNormalFloat(int(m[1]), group)),
     (rf"fdb2{GROUP}", lambda m, group: DualBinaryFormat(group)),
     (rf"pb([1-7](?:\.\d+)?){GROUP}", lambda m, group: PartlyBinaryFormat(float(m[1]), group)),
@@ -38,7 +39,7 @@ SPELLINGS: Final[Sequence[tuple[str, Callable[[Found, int], Format]]]] = (
 )
 EXAMPLES: Final = (
     "w4g64, w3g128-sym or w8channel (bits 1 to 8); "
-    "or nf4g64, nf4g64-dq or nf4g64-icq (bits 2 to 4), fdb2g64, pb1.7g128, "
+    "or nf4g64, nf4g64-dq, nf4g64-icq or nf4g64-offset (bits 2 to 4), fdb2g64, pb1.7g128, "
     "bi1.1g128, "
     "tcq2 or tcq3-l10 (bits 1 to 4), s24w4g64, s24f16"
 )

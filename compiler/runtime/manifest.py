@@ -96,6 +96,12 @@ class Manifest:
     code: Mapping[str, str] = field(default_factory=dict)
     """The triple, core and features that native code was made for; older artifacts don't say."""
 
+    adapters: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Weight to what files of adapters call it, or the rows that it is made of."""
+
+    adapter_base: str = ""
+    """The digest of the codes that such files must have been trained on; older artifacts don't say."""
+
     tools: Mapping[str, str] = field(default_factory=tool_versions)
     gammac: str = __version__
     files: Mapping[str, FileEntry] = field(default_factory=dict)
@@ -178,12 +184,14 @@ def _file(value: Any, name: str) -> FileEntry:
 
 
 # what manifests did not have from the start
-_LATER: Final[Mapping[str, Any]] = {"activations": "", "code": {}, "labels": [], "provider": CPU}
+_LATER: Final[Mapping[str, Any]] = {
+    "activations": "", "adapter_base": "", "adapters": {}, "code": {}, "labels": [], "provider": CPU,
+}  # fmt: skip
 _READERS: Final[Mapping[str, Callable[[Any, str], object]]] = {
     "model": _text, "model_digest": _text, "target": _text, "kind": _text, "emitter": _text,
     "context": _count, "payload_bits": _number, "true_bits": _number, "whole_model_bits": _number,
     "budgets": _list, "allocation": _table(_text), "predicted": _table(_number),
     "not_quantized": _table(_text), "fallbacks": _table(_text), "library": _text, "activations": _text,
     "code": _table(_text), "provider": _text, "labels": _list, "tools": _table(_text), "gammac": _text,
-    "files": _table(_file),
+    "files": _table(_file), "adapters": _table(_list), "adapter_base": _text,
 }  # fmt: skip

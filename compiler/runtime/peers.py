@@ -264,10 +264,11 @@ def runtime_of(path: Path) -> str:
     )
 
 
-def open_predictor(path: Path, threads: int | None = None) -> Predictor:
-    """What gives the logits of whole sequences: a session on an artifact, or a peer. Raises CompileError."""
+def open_predictor(path: Path, threads: int | None = None, adapters: Path | None = None) -> Predictor:
+    """What gives the logits of whole sequences: a session on an artifact (with `adapters` in place of its
+    own), or a peer. Raises CompileError."""
     if path.suffix == ".gguf":
         return LlamaCppRunner(path, threads or default_threads())
     if path.suffix == ".xml":
         return OpenVinoRunner(path, threads or default_threads())
-    return open_session(path, threads)
+    return open_session(path, threads, adapters=adapters)

@@ -6,7 +6,7 @@ sequence piece by piece into a key-value cache (generation).
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -19,6 +19,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as errors  # type: ignor
 
 from gammac.diagnostics import CompileError
 from gammac.processor import CPU, CUDA
+from gammac.runtime.adapters import Factors, factors_for
 from gammac.runtime.artifact import MANIFEST, MODEL, Artifact, open_artifact
 from gammac.runtime.cache import (
     CPU_PROVIDER,
@@ -151,27 +152,32 @@ def model_of_genai_folder(folder: Path) -> OnnxModel:
 
 
 def open_session(
-    folder: Path, threads: int | None = None, *, verify: bool = True, spinning: bool = True
-) -> ArtifactSession:
-    """A session on an artifact, or on a folder of onnxruntime-genai to compare with.
+    folder: Path, threads: int | None = None, *, verify: bool = True, spinning: bool = True,
+    adapters: Path | None = None,
+) -> ArtifactSession:  # fmt: skip
+    """A session on an artifact, or on a folder of onnxruntime-genai to compare with. `adapters` is a file
+    whose factors stand for those that the artifact was compiled with.
 
     `spinning` threads wait busily for the next operator: right for a machine with a core for each
     thread, wrong for a shared one (with 7 processes on 2 cores, decode took twice as long).
     Raises CompileError when the folder is neither, is damaged, or can't be loaded.
     """
-    if not (folder / MANIFEST).is_file() and (folder / GENAI_CONFIG).is_file():
+    if adapters is None and not (folder / MANIFEST).is_file() and (folder / GENAI_CONFIG).is_file():
         return OnnxSession(model_of_genai_folder(folder), threads, spinning)
     artifact = open_artifact(folder, verify)
+    factors = None if adapters is None else factors_for(artifact.manifest, adapters)
     if artifact.manifest.emitter == TVM:
-        return open_tvm(folder, threads, spinning)
-    return OnnxSession(model_of_artifact(artifact), threads, spinning)
+        return open_tvm(folder, threads, spinning, factors)
+    return OnnxSession(model_of_artifact(artifact), threads, spinning, factors)
 
 
-def open_tvm(folder: Path, threads: int | None = None, spinning: bool = True) -> ArtifactSession:
+def open_tvm(
+    folder: Path, threads: int | None = None, spinning: bool = True, factors: Factors | None = None
+) -> ArtifactSession:
     """A session on the files that the TVM emitter wrote, sealed or not. Raises CompileError."""
     from gammac.runtime.tvm_session import TvmSession
 
-    return TvmSession(folder, threads, spinning)
+    return TvmSession(folder, threads, spinning, factors)
 
 
 def _genai_config(folder: Path) -> dict[str, Any]:
@@ -189,10 +195,19 @@ class OnnxSession:
     Inputs by name: input_ids i64 [batch, seq]; where the graph has them attention_mask i64
     [batch, total], position_ids and token_type_ids i64 [batch, seq], past_key_values.%d.key and .value
     [batch, kv_heads, past, dim]. Outputs: logits (or the first one) f32 [batch, seq, vocab], present.*.
+    `factors` stand for those of its adapters.
     """
 
-    def __init__(self, model: OnnxModel, threads: int | None = None, spinning: bool = True) -> None:
-        self._ort = _load(model, threads or default_threads(), spinning)
+    def __init__(
+        self,
+        model: OnnxModel,
+        threads: int | None = None,
+        spinning: bool = True,
+        factors: Factors | None = None,
+    ) -> None:
+        # the runtime reads them where they are, as long as the session lives
+        self._replaced = _replaced(model, factors) if factors else {}
+        self._ort = _load(model, threads or default_threads(), spinning, self._replaced)
         self.model = model
         self._inputs = frozenset(value.name for value in self._ort.get_inputs())
         self._past = cache_inputs(self._ort, model.head_size)
@@ -279,6 +294,12 @@ class OnnxSession:
         return {n: np.ascontiguousarray(make(), np.int64) for n, make in made.items() if n in self._inputs}
 
 
+def _replaced(model: OnnxModel, factors: Factors) -> dict[str, ort.OrtValue]:
+    from gammac.runtime.onnx_factors import replaced_initializers
+
+    return replaced_initializers(model.path, factors)
+
+
 def providers_for(wanted: str) -> list[str]:
     """ONNX Runtime's names of what runs a graph, first the one wanted. What there is none of here, the
     processor runs, in the same precision."""
@@ -292,12 +313,16 @@ def lacking_provider(wanted: str) -> str:
     return ""
 
 
-def _load(model: OnnxModel, threads: int, spinning: bool) -> ort.InferenceSession:
+def _load(
+    model: OnnxModel, threads: int, spinning: bool, replaced: Mapping[str, ort.OrtValue]
+) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.add_session_config_entry(SPINNING, "1" if spinning else "0")
+    if replaced:
+        options.add_external_initializers(list(replaced), list(replaced.values()))
     try:
         if model.library is not None:
             options.register_custom_ops_library(str(model.library))

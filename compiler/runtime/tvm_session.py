@@ -19,24 +19,29 @@ import numpy as np
 
 from gammac.diagnostics import CompileError
 from gammac.processor import host_flags
+from gammac.runtime.adapters import Factors, demand_shape
 from gammac.runtime.imports import without_torch
 from gammac.runtime.session import Logits, Tokens, check_room, default_threads
 from gammac.runtime.tvm_cuda import GpuMemory, lacking_gpu
 from gammac.runtime.tvm_memory import HostMemory, zeros
-from gammac.targets.tvm.description import FUNCTIONS, Description, parse_description
-from gammac.targets.tvm.names import DESCRIPTION_NAME, INSTALL, LIBRARY_NAME, PARAMS_NAME
-from gammac.targets.tvm.params import MappedParams
+from gammac.targets.tvm.description import FUNCTIONS, Description, Entry, parse_description
+from gammac.targets.tvm.names import DESCRIPTION_NAME, INSTALL, LIBRARY_NAME, PANELS, PARAMS_NAME
+from gammac.targets.tvm.panels import pack_panels
+from gammac.targets.tvm.params import Array, MappedParams
 
 BIG_CORES: Final = 1
 
 
 class TvmSession:
-    """A decoder in a folder with model.so, model.params, model.json. Raises CompileError when it was built
-    by another TVM or for another processor, or can't be loaded."""
+    """A decoder in a folder with model.so, model.params, model.json; `factors` stand for those of its
+    adapters. Raises CompileError when it was built by another TVM or for another processor, or can't be
+    loaded."""
 
     kind = "decoder"
 
-    def __init__(self, folder: Path, threads: int | None = None, spinning: bool = True) -> None:
+    def __init__(
+        self, folder: Path, threads: int | None = None, spinning: bool = True, factors: Factors | None = None
+    ) -> None:
         self.folder = folder
         self._about = _description(folder)
         demand_versions(self._about)
@@ -45,7 +50,7 @@ class TvmSession:
         demand_gpu(self._about)
         self._memory = GpuMemory(self._ffi) if self._about.gpus else HostMemory(self._ffi)
         self._functions = _load(self._ffi, folder / LIBRARY_NAME, self._memory.devices)
-        self._params = _params(self._ffi, folder / PARAMS_NAME, self._about, self._memory)
+        self._params = _params(self._ffi, folder / PARAMS_NAME, self._about, self._memory, factors or {})
         self._token, self._past = (zeros((1, 1), np.int64), zeros((1,), np.int64))
         self._step = [self._memory.tensor(a) for a in (self._token, self._past)]
         self._caches = self._scratch = None
@@ -216,9 +221,25 @@ def _load(ffi: Any, path: Path, devices: Sequence[int]) -> dict[str, Any]:
         raise CompileError(f"{path.name} can't be loaded: {error}", hint="compile the model again") from error
 
 
-def _params(ffi: Any, path: Path, about: Description, memory: HostMemory | GpuMemory) -> Any:
+def _params(
+    ffi: Any, path: Path, about: Description, memory: HostMemory | GpuMemory, factors: Factors
+) -> Any:
     try:
         arrays = list(MappedParams(path, about.params).arrays())
     except (OSError, ValueError) as error:
         raise CompileError(f"{path} is damaged: {error}", hint="compile the model again") from error
+    for i, entry in enumerate(about.params):
+        name = entry.name.removesuffix(PANELS)
+        if name in factors:
+            arrays[i] = _in_place_of(entry, name, factors[name])
     return ffi.Array([memory.tensor(array) for array in arrays])
+
+
+def _in_place_of(entry: Entry, name: str, factor: Array) -> Array:
+    """A factor as the kernels read the one that it stands for: as it is, or in panels."""
+    if len(entry.shape) > factor.ndim:
+        factor = pack_panels(factor)
+    demand_shape(name, factor, entry.shape)
+    made = zeros(entry.shape, np.float32)
+    made[...] = factor
+    return made

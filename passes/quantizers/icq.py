@@ -12,11 +12,21 @@ from typing import ClassVar, Final
 import torch
 from torch import Tensor
 
-from gammac.formats import CALIBRATED_NORMAL_FLOAT, CalibratedNormalFloat, Format, Quantized, spread
+from gammac.formats import (
+    CALIBRATED_NORMAL_FLOAT,
+    OFFSET_NORMAL_FLOAT,
+    CalibratedNormalFloat,
+    Format,
+    OffsetNormalFloat,
+    Quantized,
+    spread,
+)
 from gammac.formats.normal_float import nearest_level, normal_levels, to_dynamic
 from gammac.passes.quantizers.grid import SMALLEST_SCALE
 from gammac.passes.quantizers.levels import by_group
 from gammac.passes.quantizers.nf import Nf, divisors
+
+Around = CalibratedNormalFloat | OffsetNormalFloat
 
 REACH: Final = 0.1  # of σ, on each side of the median
 SIGMA: Final = 0.5411  # of what NormalFloat scales to 1: 1 / Φ⁻¹(0.9677)
@@ -28,7 +38,7 @@ class Icq:
 
     name: ClassVar[str] = "icq"
     needs_gram: ClassVar[bool] = False
-    kinds: ClassVar[tuple[str, ...]] = (CALIBRATED_NORMAL_FLOAT,)
+    kinds: ClassVar[tuple[str, ...]] = (CALIBRATED_NORMAL_FLOAT, OFFSET_NORMAL_FLOAT)
     stacks: ClassVar[bool] = True
     steps: int = 50
 
@@ -36,7 +46,7 @@ class Icq:
         """See Quantizer. The Gram matrix is not looked at."""
         found = []
         for format_ in formats:
-            assert isinstance(format_, CalibratedNormalFloat), f"{format_.name} has no offsets"
+            assert isinstance(format_, Around), f"{format_.name} has no offsets"
             found.append(_calibrated(weight, format_, self.steps))
         return found
 
@@ -68,7 +78,7 @@ def offsets_by_entropy(groups: Tensor, bits: int, steps: int) -> Tensor:
     return best
 
 
-def _calibrated(weight: Tensor, format_: CalibratedNormalFloat, steps: int) -> Quantized:
+def _calibrated(weight: Tensor, format_: Around, steps: int) -> Quantized:
     """What is stored of an offset and its scale is a little off; groups that lose by it go without offset."""
     size = format_.inputs_per_scale(weight.shape[1])
     (plain,) = Nf().quantize(weight, None, [format_.plain])
@@ -83,9 +93,7 @@ def _calibrated(weight: Tensor, format_: CalibratedNormalFloat, steps: int) -> Q
     return _rounded(weight, format_, plain, {**offsets, "offsets": kept})
 
 
-def _rounded(
-    weight: Tensor, format_: CalibratedNormalFloat, plain: Quantized, offsets: dict[str, Tensor]
-) -> Quantized:
+def _rounded(weight: Tensor, format_: Around, plain: Quantized, offsets: dict[str, Tensor]) -> Quantized:
     """Codes around stored offsets. Scales are on the levels of the plain weight's, so that a group without
     offset has the plain weight's codes."""
     columns = weight.shape[1]
@@ -93,7 +101,10 @@ def _rounded(
     shifted = weight - spread(format_.offsets_of(offsets), size, columns)
     widths = by_group(shifted, size).abs().amax(-1).clamp(min=SMALLEST_SCALE)
     stored = {n: t for n, t in plain.parts.items() if n != "codes"}
-    stored["scales"] = to_dynamic(widths - stored["mean"], scales=stored["block_scales"])[0]
+    if isinstance(format_, CalibratedNormalFloat):
+        stored["scales"] = to_dynamic(widths - stored["mean"], scales=stored["block_scales"])[0]
+    else:
+        stored |= format_.scale_parts(widths)
     scales = spread(divisors(format_, stored), size, columns)
     codes = nearest_level(shifted / scales, normal_levels(format_.bits))
     return format_.quantized(codes, {**stored, **offsets})

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from safetensors import SafetensorError, safe_open
+import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from gammac.adapter_file import read_factors
 from gammac.cache import key_of
-from gammac.diagnostics import CompileError
 from gammac.files import write_atomically
 from gammac.formats import Quantized
 from gammac.ir import Module
@@ -67,15 +67,7 @@ def write_adapters(path: Path, adapters: Adapters) -> None:
 
 def read_adapters(path: Path) -> Adapters:
     """Raises CompileError for a file that is damaged or none of adapters."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            said = json.loads((file.metadata() or {})["gammac"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
-        names = dict.fromkeys(key.rpartition("/")[0] for key in tensors)
-        factors = {n: (tensors[f"{n}/a"], tensors[f"{n}/b"]) for n in names}
-        return Adapters(str(said["method"]), str(said["base"]), factors)
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-        raise CompileError(
-            f"{path} can't be read as adapters: {error}",
-            hint="gammac finetune --method qlora writes adapters.safetensors",
-        ) from error
+    found = read_factors(path)
+    tensors = {key: torch.from_numpy(array) for key, array in found.arrays.items()}
+    names = dict.fromkeys(key.rpartition("/")[0] for key in tensors)
+    return Adapters(found.method, found.base, {n: (tensors[f"{n}/a"], tensors[f"{n}/b"]) for n in names})

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from gammac.diagnostics import CompileError
-from gammac.formats import Format, IntegerFormat, parse_formats
+from gammac.formats import Format, IntegerFormat, in_plain_scales, parse_formats
 from gammac.ir import Module
 from gammac.passes.choices import Choices, check_choices
 from gammac.passes.quantizers import QUANTIZERS
 from gammac.passes.sensitivity.scores import check_range
-from gammac.targets.target import ANY, BLOCK, NO_EMITTER, Target
+from gammac.targets.target import ANY, BLOCK, Target
 
 QLORA: Final = "qlora"
 IR_QLORA: Final = "ir-qlora"
@@ -18,7 +18,6 @@ IR_QLORA: Final = "ir-qlora"
 BASES: Final = {QLORA: "nf4g64-dq", IR_QLORA: "nf4g64-icq"}
 # QLoRA's: gradients are cut, the rate rises for a few steps and stays
 SCHEDULE: Final[Mapping[str, Any]] = {"clip_norm": 0.3, "warmup": 0.03, "floor": 1.0}
-EMITTERS: Final = ("onnx", NO_EMITTER)  # that run a low-rank branch beside a quantized linear
 
 
 @dataclass(frozen=True)
@@ -79,8 +78,7 @@ class LoraOptions:
         """The format of merged weights."""
         if self.merge_format:
             return parse_formats(self.merge_format)[0]
-        runs = target.kinds(BLOCK, compiler=compiler)
-        if self.base.kind in runs or ANY in runs:
+        if runs(self.base, target, compiler):
             return self.base
         return IntegerFormat(round(self.base.bits), self.base.group)
 
@@ -97,18 +95,18 @@ def demand_divisible(options: LoraOptions, module: Module) -> None:
             )
 
 
+def runs(format_: Format, target: Target, compiler: bool) -> bool:
+    """Whether the target runs blocks' linears in a format, as it is."""
+    return bool({format_.kind, ANY} & target.kinds(BLOCK, compiler=compiler))
+
+
 def demand_lora(options: LoraOptions, target: Target, compiler: bool) -> None:
-    """Raises CompileError for what the target's emitter will not run: the format, or adapters beside it."""
+    """Raises CompileError for a format that the target's emitter will not run, not even with f16 scales."""
     format_ = options.merged(target, compiler) if options.merge else options.base
-    kinds = target.kinds(BLOCK, compiler=compiler)
-    if not {format_.kind, ANY} & kinds:
+    plain = in_plain_scales(format_)
+    if not runs(format_, target, compiler) and (plain is None or not runs(plain, target, compiler)):
         raise CompileError(
             f"{target.name} ({target.emitter}) does not run {format_.name} as block weights",
             hint="--merge quantizes the merged weights in a format that it runs; or --formats w4g64; or "
             "--target reference, which trains and measures without an artifact",
-        )
-    if not options.merge and target.emitter not in EMITTERS:
-        raise CompileError(
-            f"the emitter {target.emitter} runs no adapters beside quantized weights",
-            hint="--merge adds them to the weights; or --backend onnx",
         )

@@ -20,6 +20,7 @@ from gammac.targets.onnx.any_bits import DOMAIN, OP, OP_ZEROS, groups_of, pack
 from gammac.targets.onnx.graph import MICROSOFT, Array, GraphWriter
 from gammac.targets.onnx.integers import integer_product, multiplies_integers
 from gammac.targets.onnx.kernels import ANY_BITS, demand_kernel, no_kernel, pack_nbits
+from gammac.targets.onnx.names import TRANSPOSED
 from gammac.targets.onnx.unpack import unpack
 
 # activations in 8 bits by block: the only level at which all of 2, 4 and 8 bits have packed kernels
@@ -64,7 +65,7 @@ def _kernel(g: GraphWriter, weight: Weight, format_: IntegerFormat) -> str:
 def _float_product(g: GraphWriter, x: ir.Value, ref: WeightRef) -> ir.Value:
     if g.is_stored(ref.name):  # a table that was looked up in before: its bytes are stored once
         return g.op("FusedMatMul", x, g.float_weight(ref), domain=MICROSOFT, transB=1)
-    name = f"{ref.name}.transposed"
+    name = f"{ref.name}{TRANSPOSED}"
     array = None if g.is_stored(name) else load_float(g.module.weights[ref.name], g.store).numpy().T
     return g.op("MatMul", x, g.stored(name, array))
 

@@ -5,23 +5,26 @@ from typing import Any, TypeGuard
 
 from gammac.formats import Format, Quantized
 from gammac.targets.tvm.kernels import (
+    Branch,
     Isa,
     Layout,
     Packable,
     decode_linear,
     gated_linear,
     has_layout,
+    low_rank,
     pack,
     prefill_linear,
     stacked_linear,
 )
 from gammac.targets.tvm.kernels.operands import TOKENS
+from gammac.targets.tvm.panels import pack_panels
 from gammac.targets.tvm.params import Array
 from gammac.targets.tvm.tir import norms, tables
 from gammac.targets.tvm.tir.attention import Heads, Tiling, append, attention
 from gammac.targets.tvm.tir.elementwise import elementwise
 from gammac.targets.tvm.tir.packed_rows import packed_rows
-from gammac.targets.tvm.tir.panels import float_linear, pack_panels
+from gammac.targets.tvm.tir.panels import float_linear
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class CpuDevice:
     embedding = staticmethod(tables.embedding)
     append = staticmethod(append)
     float_linear = staticmethod(float_linear)
+    low_rank = staticmethod(low_rank)
     floats = staticmethod(pack_panels)
 
     def takes(self, format_: Format) -> TypeGuard[Packable]:
@@ -55,12 +59,21 @@ class CpuDevice:
         return attention(rows, heads, Tiling(8, 16) if self.isa.vector_bits >= 512 else Tiling(4, 4))
 
     def linear(
-        self, rows: int | None, format_: Packable, outputs: int, inputs: int, bias: bool, residual: bool
+        self,
+        rows: int | None,
+        format_: Packable,
+        outputs: int,
+        inputs: int,
+        bias: bool,
+        residual: bool,
+        branch: Branch | None,
     ) -> Any:
         """See `Device`."""
         make = decode_linear if rows == 1 else prefill_linear
-        more = {"bias": bias, "residual": residual, "integer": self.integer}
-        return make(format_, outputs, inputs, self.isa, **more).func
+        return make(
+            format_, outputs, inputs, self.isa, integer=self.integer, bias=bias, residual=residual,
+            branch=branch,
+        ).func  # fmt: skip
 
     def gated(
         self,
@@ -69,20 +82,28 @@ class CpuDevice:
         outputs: int,
         inputs: int,
         activation: str,
+        branches: tuple[Branch | None, ...],
     ) -> Any:
         """See `Device`."""
         return gated_linear(
             formats, outputs, inputs, self.isa, integer=self.integer, tokens=rows or TOKENS,
-            activation=activation,
+            activation=activation, branches=branches,
         ).func  # fmt: skip
 
     def stacked(
-        self, rows: int | None, formats: tuple[Packable, ...], outputs: tuple[int, ...], inputs: int
+        self,
+        rows: int | None,
+        formats: tuple[Packable, ...],
+        outputs: tuple[int, ...],
+        inputs: int,
+        branches: tuple[Branch | None, ...],
+        biased: tuple[bool, ...],
     ) -> Any:
         """See `Device`."""
         return stacked_linear(
-            formats, outputs, inputs, self.isa, integer=self.integer, tokens=rows or TOKENS
-        ).func
+            formats, outputs, inputs, self.isa, integer=self.integer, tokens=rows or TOKENS,
+            branches=branches, biased=biased,
+        ).func  # fmt: skip
 
     def packed(self, quantized: Quantized) -> dict[str, Array]:
         """See `Device`."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, TypeGuard
 
 from gammac.formats import Format, Quantized
-from gammac.targets.tvm.kernels import Packable
+from gammac.targets.tvm.kernels import Branch, Packable
 from gammac.targets.tvm.params import Array
 from gammac.targets.tvm.tir.attention import Heads, Rows
 from gammac.targets.tvm.tir.elementwise import Tree
@@ -75,9 +75,16 @@ class Device(Protocol):
     # ---- products ----
 
     def linear(
-        self, rows: int | None, format_: Packable, outputs: int, inputs: int, bias: bool, residual: bool
+        self,
+        rows: int | None,
+        format_: Packable,
+        outputs: int,
+        inputs: int,
+        bias: bool,
+        residual: bool,
+        branch: Branch | None,
     ) -> Any:
-        """x @ weight.T + bias + residual"""
+        """x @ weight.T + bias + residual, and a low-rank branch"""
         ...
 
     def gated(
@@ -87,14 +94,21 @@ class Device(Protocol):
         outputs: int,
         inputs: int,
         activation: str,
+        branches: tuple[Branch | None, ...],
     ) -> Any:
-        """activation(x @ gate.T) * (x @ up.T)"""
+        """activation(x @ gate.T) * (x @ up.T), with their branches"""
         ...
 
     @property
-    def stacked(self) -> Callable[[int | None, tuple[Packable, ...], tuple[int, ...], int], Any] | None:
-        """x by several weights, one below the other (rows, formats, outputs of each, inputs); None where
-        there is no such kernel."""
+    def stacked(self) -> Callable[..., Any] | None:
+        """x by several weights, one below the other (rows, formats, outputs of each, inputs, branches, which
+        have a bias); None where there is no such kernel."""
+        ...
+
+    @property
+    def low_rank(self) -> Callable[[int | None, int, int, float | None], Any] | None:
+        """The first factor of branches (rows, rank, inputs, eps of a norm of x); None where the products
+        above take no branches."""
         ...
 
     def float_linear(self, rows: int | None, outputs: int, inputs: int, bias: bool) -> Any:

@@ -7,6 +7,7 @@ PARAMS_NAME: Final = "model.params"
 DESCRIPTION_NAME: Final = "model.json"
 KERNELS_NAME: Final = "kernels.json"  # of an artifact for a GPU
 MODEL_FILES: Final = (LIBRARY_NAME, PARAMS_NAME, DESCRIPTION_NAME)
+PANELS: Final = ".floats"  # behind the names of float weights in the layout of `panels`
 INT8: Final = "int8"
 FLOAT: Final = "float"
 ACTIVATIONS: Final = (INT8, FLOAT)

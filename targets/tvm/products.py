@@ -6,15 +6,16 @@ from typing import Any
 from gammac.diagnostics import CompileError
 from gammac.formats import load_float, load_quantized, stored_format
 from gammac.ir import Op, Operand, Value, Weight, WeightRef
+from gammac.passes.add_adapters import FIRST, SECOND, factor_of
 from gammac.targets.tvm.kernels import (
+    Branch,
     Layout,
     Packable,
-    quantize_activations,
-    rms_norm_quantize,
 )  # fmt: skip
-from gammac.targets.tvm.kernels.operands import TOKENS
 from gammac.targets.tvm.lowering import Lowering, function_of
-from gammac.targets.tvm.nodes import Deferred, Node, Normed, Tensor, whole
+from gammac.targets.tvm.names import PANELS
+from gammac.targets.tvm.nodes import Deferred, Node, Normed, Part, Tensor, whole
+from gammac.targets.tvm.rounding import rounded, rounded_with
 
 
 def weight_of(at: Lowering, op: Op) -> Weight:
@@ -49,7 +50,7 @@ def _layout(at: Lowering, weight: Weight) -> Layout | None:
 
 def _floats(at: Lowering, weight: Weight, *, whole: bool = True) -> Any:
     """A float weight as products and embeddings read it."""
-    name = f"{weight.name}.floats"
+    name = f"{weight.name}{PANELS}"
     return at.f.param(name, lambda: at.device.floats(load_float(weight, at.store).numpy()), whole=whole)
 
 
@@ -64,7 +65,8 @@ def _packed(at: Lowering, weight: Weight, *, whole: bool = True) -> list[Any]:
 
     layout = _layout(at, weight)
     assert layout is not None
-    kinds = ("codes", "scales") if layout.same_zero is not None else ("codes", "scales", "zeros")
+    zeros, offsets = layout.same_zero is None, layout.around
+    kinds = ["codes", "scales", *(["zeros"] if zeros else []), *(["offsets"] if offsets else [])]
     return [
         at.f.param(f"{weight.name}.{kind}", lambda kind=kind: array(kind), whole=whole)  # type: ignore[misc]
         for kind in kinds
@@ -74,21 +76,59 @@ def _packed(at: Lowering, weight: Weight, *, whole: bool = True) -> list[Any]:
 # ---- linear -------------------------------------------------------------------------------------
 
 
+class SecondFactor(Deferred):
+    """low @ b.T for a few columns `low` of a tensor: the product of a packed weight can add it on its way."""
+
+    def __init__(self, at: Lowering, low: Part, weight: Weight) -> None:
+        super().__init__(low.rows, _sizes(weight)[0], self._alone)
+        self.at, self.low, self.weight = at, low, weight
+
+    def _alone(self) -> Tensor:
+        return _float_product(self.at, self.at.f.tensor(self.low), self.weight, [])
+
+    @property
+    def branch(self) -> Branch:
+        """What a kernel reads of it."""
+        return Branch(self.low.width, self.low.column, self.low.tensor.width)
+
+    def panels(self) -> Any:
+        """b, as a parameter."""
+        return _floats(self.at, self.weight)
+
+
 class Product(Deferred):
     """A product with a packed weight: what is added to it, or what it gates, can be part of its kernel."""
 
-    def __init__(self, at: Lowering, x: Node, weight: Weight, layout: Layout, bias: list[Any]) -> None:
+    def __init__(
+        self, at: Lowering, x: Node, weight: Weight, layout: Layout, bias: list[Any],
+        second: SecondFactor | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(x.rows, layout.rows, self.plus)
         self.at, self.x, self.weight, self.layout, self.bias = at, x, weight, layout, bias
+        self.second = second
+
+    @property
+    def branch(self) -> Branch | None:
+        """Its low-rank branch, if there is one."""
+        return self.second.branch if self.second is not None else None
+
+    def weights(self) -> list[Any]:
+        """What a kernel reads of it, in order."""
+        second = [] if self.second is None else [self.second.panels()]
+        return [*_packed(self.at, self.weight), *second, *self.bias]
+
+    def beside(self, second: SecondFactor) -> "Product":
+        """The same with a branch, not computed either."""
+        return Product(self.at, self.x, self.weight, self.layout, self.bias, second)
 
     def plus(self, residual: Tensor | None = None) -> Tensor:
-        """x @ weight.T + bias + residual"""
-        at, layout, rows = self.at, self.layout, self.rows
-        more = (bool(self.bias), residual is not None)
-        added = [*self.bias, *([residual.var] if residual is not None else [])]
+        """x @ weight.T + bias + residual, and the branch"""
+        at, layout, rows, branch = self.at, self.layout, self.rows, self.branch
+        more = (bool(self.bias), residual is not None, branch)
+        added = [residual.var] if residual is not None else []
         self._made = _call(
             at, "linear", layout.format, (layout, *more), self.x, layout,
-            [*_packed(at, self.weight), *added],
+            [*_lows([self]), *self.weights(), *added],
             lambda: at.device.linear(rows, layout.format, layout.rows, layout.columns, *more),
         )  # fmt: skip
         return self._made
@@ -99,18 +139,25 @@ def lower_linear(at: Lowering, op: Op) -> Node:
     x, weight = at.node(op.operands[0]), weight_of(at, op)
     bias = [at.floats(o) for o in op.operands[2:]]
     layout = _layout(at, weight)
-    if layout is None:
-        return whole(_float_product(at, at.f.tensor(x), weight, bias))
-    return Product(at, x, weight, layout, bias)
+    if layout is not None:
+        return Product(at, x, weight, layout, bias)
+    if at.device.low_rank is not None and factor_of(weight) == FIRST:
+        return whole(_first_factor(at, x, op.operands[1]))
+    if at.device.low_rank is not None and factor_of(weight) == SECOND and isinstance(x, Part):
+        return SecondFactor(at, x, weight)
+    return whole(_float_product(at, at.f.tensor(x), weight, bias))
 
 
 def lower_sum(at: Lowering, op: Op) -> Node | None:
-    """A product plus a tensor; None for other sums."""
+    """A product plus a tensor, or with its low-rank branch; None for other sums."""
     for product, other in (op.operands[::-1], op.operands):
         node = at.values.get(product) if isinstance(product, Value) else None
         fits = isinstance(node, Product) and node.pending and at.alone(product)
         if fits and isinstance(other, Value) and other.type == op.result.type:
             assert isinstance(node, Product)
+            second = at.values[other]
+            if isinstance(second, SecondFactor) and second.pending and node.second is None:
+                return node.beside(second)
             return whole(node.plus(at.tensor(other)))
     return None
 
@@ -130,9 +177,20 @@ def lower_gated(at: Lowering, op: Op) -> Node | None:
 
 def _join(at: Lowering, gate: Product, up: Product) -> bool:
     """Whether one kernel can compute both."""
-    a, b = gate.layout, up.layout
     plain = gate.pending and up.pending and not gate.bias and not up.bias
-    return plain and gate.x is up.x and a.rows == b.rows and (not at.device.integer or a.segment == b.segment)
+    return plain and gate.layout.rows == up.layout.rows and _share(at, [gate, up])
+
+
+def _share(at: Lowering, products: list[Product]) -> bool:
+    """Whether products read the same input in the same way, and their branches the same first factor."""
+    alike = len({product.layout.segment for product in products}) == 1 or not at.device.integer
+    return alike and all(p.x is products[0].x for p in products) and len(_lows(products)) <= 1
+
+
+def _lows(products: list[Product]) -> list[Any]:
+    """The first factors that branches read, each once."""
+    seconds = [product.second for product in products if product.second is not None]
+    return list({id(s.low.tensor): s.low.tensor.var for s in seconds}.values())
 
 
 def stacked(at: Lowering, operands: Sequence[Operand]) -> Tensor | None:
@@ -141,30 +199,28 @@ def stacked(at: Lowering, operands: Sequence[Operand]) -> Tensor | None:
     if make is None:
         return None
     nodes = [at.values.get(o) if isinstance(o, Value) and at.alone(o) else None for o in operands]
-    parts = [node for node in nodes if isinstance(node, Product) and node.pending and not node.bias]
-    if len(parts) < len(nodes) or len(parts) < 2:
+    parts = [node for node in nodes if isinstance(node, Product) and node.pending]
+    if len(parts) < len(nodes) or len(parts) < 2 or not _share(at, parts):
         return None
     first, layouts = parts[0], [part.layout for part in parts]
-    alike = len({layout.segment for layout in layouts}) == 1 or not at.device.integer
-    if not alike or any(part.x is not first.x for part in parts):
-        return None
     formats, rows = tuple(layout.format for layout in layouts), tuple(layout.rows for layout in layouts)
-    inputs = _quantized(at, first.x, layouts[0]) if at.device.integer else [at.f.tensor(first.x).var]
-    weights = [array for part in parts for array in _packed(at, part.weight)]
+    branches, biased = tuple(part.branch for part in parts), tuple(bool(part.bias) for part in parts)
+    key = (first.x.rows, formats, rows, layouts[0].columns, branches, biased)
+    inputs = rounded(at, first.x, layouts[0].segment) if at.device.integer else [at.f.tensor(first.x).var]
+    weights = [array for part in parts for array in part.weights()]
     var = at.f.call(
-        f"stacked{'' if first.x.rows == 1 else '_many'}", (first.x.rows, formats, rows, layouts[0].columns),
-        lambda: make(first.x.rows, formats, rows, layouts[0].columns),
-        [*inputs, *weights], at.f.type_of(first.x.rows, sum(rows)),
+        f"stacked{'' if first.x.rows == 1 else '_many'}", key, lambda: make(*key),
+        [*inputs, *_lows(parts), *weights], at.f.type_of(first.x.rows, sum(rows)),
     )  # fmt: skip
     return Tensor(var, first.x.rows, sum(rows))
 
 
 def _gated(at: Lowering, gate: Product, up: Product, activation: str) -> Tensor:
-    a, b = gate.layout, up.layout
+    a, b, branches = gate.layout, up.layout, (gate.branch, up.branch)
     return _call(
-        at, "gated", a.format, (a, b, activation), gate.x, a,
-        [*_packed(at, gate.weight), *_packed(at, up.weight)],
-        lambda: at.device.gated(gate.x.rows, (a.format, b.format), a.rows, a.columns, activation),
+        at, "gated", a.format, (a, b, activation, branches), gate.x, a,
+        [*_lows([gate, up]), *gate.weights(), *up.weights()],
+        lambda: at.device.gated(gate.x.rows, (a.format, b.format), a.rows, a.columns, activation, branches),
     )  # fmt: skip
 
 
@@ -173,7 +229,7 @@ def _call(
     more: list[Any], make: Callable[[], Any],
 ) -> Tensor:  # fmt: skip
     """A kernel of `layout.rows` outputs that reads x, in int8 where products do."""
-    inputs = _quantized(at, x, layout) if at.device.integer else [at.f.tensor(x).var]
+    inputs = rounded(at, x, layout.segment) if at.device.integer else [at.f.tensor(x).var]
     name = f"{kind}_{format_.name.replace('-', '_')}{'' if x.rows == 1 else '_many'}"
     var = at.f.call(name, (x.rows, *key), make, [*inputs, *more], at.f.type_of(x.rows, layout.rows))
     return Tensor(var, x.rows, layout.rows)
@@ -189,26 +245,25 @@ def _float_product(at: Lowering, x: Tensor, weight: Weight, bias: list[Any]) -> 
     )
 
 
-def _quantized(at: Lowering, x: Node, layout: Layout) -> list[Any]:
-    """Codes, scales and sums of a product's inputs in int8, made once for all that read them alike."""
-    group, tokens = layout.segment, x.rows or TOKENS
-    of: Any = x if isinstance(x, Normed) else at.f.tensor(x).var
+def _first_factor(at: Lowering, x: Node, a: Operand) -> Tensor:
+    """x @ a.T, of a norm that is computed on the way; for one token, where x is rounded to int8 if it is."""
+    rank, inputs = _sizes(at.module.weights[a.name])
+    reader = _reader(at, x) if at.device.integer and x.rows == 1 else None
+    low = None if reader is None else rounded_with(at, x, reader.layout.segment, at.floats(a), rank)
+    if low is None:
+        low_rank, eps = at.device.low_rank, x.eps if isinstance(x, Normed) else None
+        assert low_rank is not None
+        args = [x.x.var, x.weight] if isinstance(x, Normed) else [at.f.tensor(x).var]
+        kind = f"low_rank{'' if eps is None else '_normed'}{'' if x.rows == 1 else '_many'}"
+        key = (x.rows, rank, inputs, eps)
+        low = at.f.call(kind, key, lambda: low_rank(*key), [*args, at.floats(a)], at.f.type_of(x.rows, rank))
+    return Tensor(low, x.rows, rank)
 
-    def make() -> list[Any]:
-        if isinstance(x, Normed):
-            made = rms_norm_quantize(x.width, group, tokens, x.eps)
-            args = [x.x.var, x.weight]
-        else:
-            made = quantize_activations(x.width, group, tokens)
-            args = [of]
-        types = [at.f.type_of(x.rows, int(o.shape[1]), o.dtype) for o in made.outputs]
-        eps = x.eps if isinstance(x, Normed) else None
-        kind = "quantize" if eps is None else "rms_norm_quantize"
-        out: list[Any] = at.f.call(kind, (x.rows, x.width, group, eps), lambda: made.func, args, types)
-        return out
 
-    found: list[Any] = at.f.shared(("int8", of, group), make)
-    return found
+def _reader(at: Lowering, x: Node) -> Product | None:
+    """The last product so far that reads x, which stands before its adapter."""
+    readers = (v for v in reversed(at.values.values()) if isinstance(v, Product) and v.x is x)
+    return next(readers, None)
 
 
 # ---- embedding ----------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any, TypeGuard
 from gammac.formats import Format, IntegerFormat
 from gammac.targets.tvm.cuda import attention, products, rows
 from gammac.targets.tvm.cuda.layout import layout_of, pack
-from gammac.targets.tvm.kernels import Packable
+from gammac.targets.tvm.kernels import Branch, Packable
 from gammac.targets.tvm.params import Array
 
 
@@ -16,7 +16,7 @@ class CudaDevice:
     gives, and `grid` for how the two are one."""
 
     integer = False
-    stacked = None
+    stacked = low_rank = None
 
     def __init__(self, *, gpu: bool) -> None:
         def made(make: Callable[..., Any]) -> partial[Any]:
@@ -36,9 +36,17 @@ class CudaDevice:
         return isinstance(format_, IntegerFormat)
 
     def linear(
-        self, rows: int | None, format_: Packable, outputs: int, inputs: int, bias: bool, residual: bool
+        self,
+        rows: int | None,
+        format_: Packable,
+        outputs: int,
+        inputs: int,
+        bias: bool,
+        residual: bool,
+        branch: Branch | None = None,
     ) -> Any:
         """See `Device`."""
+        assert branch is None, "there is no low_rank"
         return self._linear(rows, layout_of(format_, outputs, inputs), bias, residual)
 
     def gated(
@@ -48,8 +56,10 @@ class CudaDevice:
         outputs: int,
         inputs: int,
         activation: str,
+        branches: tuple[Branch | None, ...] = (None, None),
     ) -> Any:
         """See `Device`."""
+        assert branches == (None, None), "there is no low_rank"
         gate, up = (layout_of(format_, outputs, inputs) for format_ in formats)
         return self._gated(rows, (gate, up), activation)
 

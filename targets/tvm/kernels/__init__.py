@@ -12,11 +12,13 @@ from gammac.targets.tvm.kernels.layout import (
     packed_bytes,
 )
 from gammac.targets.tvm.kernels.linear import decode_linear, prefill_linear
+from gammac.targets.tvm.kernels.low_rank import Branch, low_rank
 from gammac.targets.tvm.kernels.lowering import lowering
 from gammac.targets.tvm.kernels.operands import Kernel, Operand
 
 __all__ = [
     "ISAS",
+    "Branch",
     "Isa",
     "Kernel",
     "Layout",
@@ -27,6 +29,7 @@ __all__ = [
     "gated_linear",
     "has_layout",
     "isa_of",
+    "low_rank",
     "lowering",
     "pack",
     "packed_bytes",

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gammac.targets.tvm.kernels.layout import Layout
+from gammac.targets.tvm.kernels.low_rank import LOW, FirstFactor
 from gammac.targets.tvm.kernels.operands import Kernel, Operand, declare, quantized_operands
 from gammac.targets.tvm.tir import vectors
 from gammac.targets.tvm.tir.vectors import (
@@ -31,29 +32,34 @@ Expr = Any
 Values = Callable[[Expr, int], Expr]
 
 
-def quantize_activations(columns: int, group: int, tokens: int | str) -> Kernel:
+def quantize_activations(columns: int, group: int, tokens: int | str, rank: int = 0) -> Kernel:
     """x f32 [tokens, columns] → x_codes int8 [tokens, padded], x_scales f32 and x_sums i32 [tokens, groups].
 
-    `tokens` is a number or "m"; `group` is the `Layout.segment` of the weight.
+    `tokens` is a number or "m"; `group` is the `Layout.segment` of the weight. With a `rank`, x @ a.T for
+    a f32 [rank, columns], too: x_low f32 [tokens, rank].
     """
-    inputs = (Operand("x", (tokens, columns), "float32"),)
-    outputs = quantized_operands(columns, group, tokens)
+    more, low = _low_operands(columns, tokens, rank)
+    inputs = (Operand("x", (tokens, columns), "float32"), *more)
+    outputs = (*quantized_operands(columns, group, tokens), *low)
     with vectors.kernel() as made:
         size = tokens if isinstance(tokens, int) else T.int64()
-        (x,) = declare(inputs, size).values()
+        x, *a = declare(inputs, size).values()
         results = declare(outputs, size)
         with _rows(size) as row:
             _quantize(results, row, columns, group, lambda start, lanes: load(x, row, start, lanes=lanes))
+            if a:
+                FirstFactor(x, None, a[0], results[LOW]).write_one(row, [])
     return Kernel(f"quantize_{columns}_g{group}_{tokens}", inputs, outputs, made.primfunc)
 
 
-def rms_norm_quantize(columns: int, group: int, tokens: int | str, epsilon: float) -> Kernel:
+def rms_norm_quantize(columns: int, group: int, tokens: int | str, epsilon: float, rank: int = 0) -> Kernel:
     """As `quantize_activations`, of x * weight / sqrt(mean(x^2) + epsilon), weight f32 [columns]."""
-    inputs = (Operand("x", (tokens, columns), "float32"), Operand("weight", (columns,), "float32"))
-    outputs = quantized_operands(columns, group, tokens)
+    more, low = _low_operands(columns, tokens, rank)
+    inputs = (Operand("x", (tokens, columns), "float32"), Operand("weight", (columns,), "float32"), *more)
+    outputs = (*quantized_operands(columns, group, tokens), *low)
     with vectors.kernel() as made:
         size = tokens if isinstance(tokens, int) else T.int64()
-        x, weight = declare(inputs, size).values()
+        x, weight, *a = declare(inputs, size).values()
         results = declare(outputs, size)
         with _rows(size) as row:
             squares = Accumulator(0.0, add)
@@ -71,7 +77,19 @@ def rms_norm_quantize(columns: int, group: int, tokens: int | str, epsilon: floa
                 return scaled * load(weight, start, lanes=lanes)
 
             _quantize(results, row, columns, group, normed)
+            if a:
+                FirstFactor(x, weight, a[0], results[LOW]).write_one(row, [factor])
     return Kernel(f"rms_norm_quantize_{columns}_g{group}_{tokens}", inputs, outputs, made.primfunc)
+
+
+def _low_operands(
+    columns: int, tokens: int | str, rank: int
+) -> tuple[tuple[Operand, ...], tuple[Operand, ...]]:
+    """What is read, and what is written."""
+    if not rank:
+        return (), ()
+    assert tokens == 1, "rows of many tokens share loads of a: see `low_rank`"
+    return (Operand("a", (rank, columns), "float32"),), (Operand(LOW, (tokens, rank), "float32"),)
 
 
 def _rows(size: Expr) -> Any:

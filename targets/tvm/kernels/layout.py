@@ -7,6 +7,7 @@ The steps that fill whole vectors of every plane are a superstep: 4, 8, 16 or 32
 
     codes   u8  [panels, bytes]          a panel's supersteps one after the other, in each the planes
     scales  f16 or f32 [panels, groups, 16]
+    offsets f16 or f32 [panels, groups, 16]  only of formats around offsets
     zeros   u8  [panels, groups, 16]     not for symmetric formats
 
 Rows and inputs that fill up the last panel and superstep have code 0 and scale 0.
@@ -25,7 +26,15 @@ import numpy as np
 import numpy.typing as npt
 
 from gammac.diagnostics import CompileError
-from gammac.formats import DoubleNormalFloat, Format, IntegerFormat, NormalFloat, Quantized, TwoFourFormat
+from gammac.formats import (
+    DoubleNormalFloat,
+    Format,
+    IntegerFormat,
+    NormalFloat,
+    OffsetNormalFloat,
+    Quantized,
+    TwoFourFormat,
+)
 from gammac.formats.two_four import KEPT, PATTERN_BITS, PATTERNS
 from gammac.targets.tvm.kernels.codebook import MIDDLE, levels_of
 from gammac.targets.tvm.kernels.isa import Isa
@@ -94,6 +103,11 @@ class Layout:
         if isinstance(grid, NormalFloat):
             return MIDDLE
         return grid.midpoint if grid.symmetric else None
+
+    @property
+    def around(self) -> bool:
+        """Whether each group has an offset, which is added to what its codes stand for."""
+        return isinstance(self.format, OffsetNormalFloat)
 
     @property
     def superstep(self) -> int:
@@ -230,6 +244,9 @@ def pack(quantized: Quantized, isa: Isa) -> dict[str, npt.NDArray[Any]]:
     }
     if quantized.zeros is not None:
         packed["zeros"] = _by_panel(quantized.zeros.numpy(), layout)
+    if isinstance(format_, OffsetNormalFloat):
+        offsets = format_.offsets_of(quantized.parts).numpy()
+        packed["offsets"] = _by_panel(offsets.astype(isa.scale_dtype), layout)
     return packed
 
 
@@ -240,4 +257,5 @@ def packed_bytes(format_: Packable, rows: int, columns: int, isa: Isa) -> int:
     sizes = [layout.panels * layout.panel_bytes, values * np.dtype(isa.scale_dtype).itemsize]
     if layout.same_zero is None:
         sizes.append(values)
+    sizes += [sizes[1]] if layout.around else []
     return sum(ceil_div(size, ALIGN) * ALIGN for size in sizes)

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from gammac.targets.tvm.kernels.isa import Isa
 from gammac.targets.tvm.kernels.layout import PANEL, Layout, Packable, ceil_div
+from gammac.targets.tvm.kernels.low_rank import Branch, add_branch, branch_operands, low_operands
 from gammac.targets.tvm.kernels.operands import (
     TOKENS,
     Kernel,
@@ -27,8 +28,6 @@ Expr = Any
 
 # tokens whose inputs stay in the second cache
 TOKENS_AT_ONCE: Final = 256
-# bytes of codes that are worth a second thread: waking one takes as long as reading these
-_SHARED_OUT: Final = 1 << 15
 # products in an unrolled chunk: more take LLVM long and win nothing
 _UNROLLED: Final = {True: 128, False: 256}
 
@@ -60,6 +59,7 @@ class Walk:
             self._segment(zeros, first + index, start, end)
             for i, value in enumerate(self._sums(first + index)):
                 partial.add(i, value)
+            self._shift(group, first + index)
 
         self._blocks(group * self.layout.group, inputs, segment)
         self._scaled(group, [partial.get(i) for i in range(len(self.panels) * len(self.tile.tokens))])
@@ -69,6 +69,17 @@ class Walk:
         zeros = [self.tile.zero(panel, group) for panel in self.panels]
         self._segment(zeros, group, start, end)
         self._scaled(group, self._sums(group))
+        self._shift(group, group)
+
+    def _shift(self, group: Expr, segment: Expr) -> None:
+        """A group's offset times the sum of the segment's inputs, where the format has offsets."""
+        if not self.layout.around:
+            return
+        plain, tokens = self.tile.plain(segment), len(self.tile.tokens)
+        for p, panel in enumerate(self.panels):
+            offset = panel.offset(group)
+            for t in range(tokens):
+                self.total.add(p * tokens + t, offset * plain[t])
 
     def _sums(self, segment: Expr) -> list[Expr]:
         return [value for row in self.tile.sums(segment) for value in row]
@@ -185,8 +196,16 @@ class Job:
         )
         return "_".join(str(p) for p in parts if p).replace("-", "_")
 
-    def sums(self, layout: Layout, buffers: Mapping[str, Any], index: Expr, tokens: list[Expr]) -> "Sums":
-        """x @ weight.T for the tokens and a tile of panels. The last tile repeats the last panel."""
+    def sums(
+        self,
+        layout: Layout,
+        buffers: Mapping[str, Any],
+        index: Expr,
+        tokens: list[Expr],
+        branch: Branch | None = None,
+    ) -> "Sums":
+        """x @ weight.T, and its branch, for the tokens and a tile of panels. The last tile repeats the last
+        panel."""
         count = self.tile[0]
         numbers = [T.Bind(index * count)]
         numbers += [T.Bind(T.min(index * count + i, layout.panels - 1)) for i in range(1, count)]
@@ -195,6 +214,8 @@ class Job:
         total.clear()
         tile = TILES[self.integer](layout, self.isa, buffers, count, tokens)
         Walk(layout, tile, panels, total, _chunk(layout, count * len(tokens), self.integer)).run()
+        if branch is not None:
+            add_branch(branch, buffers, numbers, tokens, total)
         return Sums(layout.rows, numbers, tokens, total)
 
 
@@ -219,9 +240,8 @@ class Sums:
 
 
 def over(count: int, layouts: list[Layout]) -> Any:
-    """A loop over parts of `layouts` for one token, shared out between threads where it is worth it."""
-    small = sum(layout.panels * layout.panel_bytes for layout in layouts) < _SHARED_OUT
-    return T.serial(0, count) if small else T.parallel(0, count)
+    """A loop over parts of `layouts` for one token."""
+    return vectors.shared_out(count, sum(layout.panels * layout.panel_bytes for layout in layouts))
 
 
 def over_tiles(job: Job, layouts: list[Layout], size: Expr, body: Callable[[Expr, list[Expr]], None]) -> None:
@@ -243,14 +263,16 @@ def over_tiles(job: Job, layouts: list[Layout], size: Expr, body: Callable[[Expr
             body(index, [T.Bind(T.min(first + i, size - 1)) for i in range(tokens)])
 
 
-def _linear(layout: Layout, job: Job, added: tuple[str, ...]) -> Kernel:
+def _linear(layout: Layout, job: Job, added: tuple[str, ...], branch: Branch | None) -> Kernel:
     extra = {
         "bias": Operand("bias", (layout.rows,), "float32"),
         "residual": Operand("residual", (job.tokens, layout.rows), "float32"),
     }
     inputs = (
         *activation_operands(layout, job.integer, job.tokens),
+        *low_operands(job.tokens, branch),
         *weight_operands(layout, job.isa),
+        *branch_operands(layout, branch),
         *(extra[name] for name in added),
     )
     outputs = (Operand("y", (job.tokens, layout.rows), "float32"),)
@@ -259,7 +281,7 @@ def _linear(layout: Layout, job: Job, added: tuple[str, ...]) -> Kernel:
         buffers = declare((*inputs, *outputs), size)
 
         def body(index: Expr, at: list[Expr]) -> None:
-            sums = job.sums(layout, buffers, index, at)
+            sums = job.sums(layout, buffers, index, at, branch)
 
             def write(i: int, token: Expr, row: Expr, start: Expr, lanes: int) -> None:
                 value = sums.total.get(i, start, lanes)
@@ -272,7 +294,8 @@ def _linear(layout: Layout, job: Job, added: tuple[str, ...]) -> Kernel:
             sums.write(write)
 
         over_tiles(job, [layout], size, body)
-    name = job.name(layout.format.name, f"{layout.rows}x{layout.columns}", *added)
+    rank = f"rank{branch.rank}" if branch is not None else ""
+    name = job.name(layout.format.name, f"{layout.rows}x{layout.columns}", rank, *added)
     return Kernel(name, inputs, outputs, made.primfunc)
 
 
@@ -289,13 +312,14 @@ def decode_linear(
     integer: bool,
     bias: bool = False,
     residual: bool = False,
+    branch: Branch | None = None,
 ) -> Kernel:
     """y f32 [1, rows] of one token: x f32 [1, columns], or int8 as `quantize_activations` makes it.
 
-    `bias` f32 [rows] and `residual` f32 [1, rows] are added where they are wanted. Raises CompileError for a
-    group size that has no kernel.
+    `bias` f32 [rows], `residual` f32 [1, rows] and a low-rank branch are added where they are wanted. Raises
+    CompileError for a group size that has no kernel.
     """
-    return _linear(Layout(format_, rows, columns), Job(isa, integer, 1), _added(bias, residual))
+    return _linear(Layout(format_, rows, columns), Job(isa, integer, 1), _added(bias, residual), branch)
 
 
 def prefill_linear(
@@ -307,6 +331,7 @@ def prefill_linear(
     integer: bool,
     bias: bool = False,
     residual: bool = False,
+    branch: Branch | None = None,
 ) -> Kernel:
     """y [m, rows] of m tokens, which are counted when it runs. As `decode_linear` otherwise."""
-    return _linear(Layout(format_, rows, columns), Job(isa, integer, TOKENS), _added(bias, residual))
+    return _linear(Layout(format_, rows, columns), Job(isa, integer, TOKENS), _added(bias, residual), branch)

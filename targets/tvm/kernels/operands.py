@@ -39,10 +39,12 @@ def weight_operands(layout: Layout, isa: Isa, suffix: str = "") -> tuple[Operand
     """The buffers that `pack` makes. `suffix` tells several weights of one kernel apart."""
     per_group = (layout.panels, layout.groups, PANEL)
     zeros = () if layout.same_zero is not None else (Operand(f"zeros{suffix}", per_group, "uint8"),)
+    offsets = (Operand(f"offsets{suffix}", per_group, isa.scale_dtype),) if layout.around else ()
     return (
         Operand(f"codes{suffix}", (layout.panels, layout.panel_bytes), "uint8"),
         Operand(f"scales{suffix}", per_group, isa.scale_dtype),
         *zeros,
+        *offsets,
     )
 
 

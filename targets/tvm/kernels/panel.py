@@ -96,6 +96,10 @@ class Panel:
         """f32x16."""
         return T.Bind(T.cast(load(self._buffers["scales"], self.number, group, 0), "float32x16"))
 
+    def offset(self, group: Expr) -> Expr:
+        """f32x16."""
+        return T.Bind(T.cast(load(self._buffers["offsets"], self.number, group, 0), "float32x16"))
+
     def zero(self, group: Expr) -> Expr | int:
         """i32x16, or the number that all have."""
         if self.layout.same_zero is not None:

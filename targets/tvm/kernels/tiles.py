@@ -85,6 +85,10 @@ class Tile:
         """f32x16 for each panel and token."""
         raise NotImplementedError
 
+    def plain(self, segment: Expr) -> list[Expr]:
+        """The sum of each token's inputs, f32x16 with equal lanes. Only for formats around offsets."""
+        raise NotImplementedError
+
 
 class FloatTile(Tile):
     """x f32 [tokens, columns]."""
@@ -93,6 +97,7 @@ class FloatTile(Tile):
         super().__init__(*args)
         self._chains = _CHAINS if len(self.tokens) == 1 else 1
         self._state = Registers(self.panels * len(self.tokens) * self._chains)
+        self._plain = Registers(len(self.tokens) if self.layout.around else 0)
 
     def zero(self, panel: Panel, group: Expr) -> Any:
         """2^23 + zero."""
@@ -104,12 +109,15 @@ class FloatTile(Tile):
     def begin(self, zeros: list[Any], segment: Expr) -> None:
         """All sums are zero."""
         self._state.clear()
+        self._plain.clear()
 
     def steps(self, panels: list[Panel], zeros: list[Any], start: int, end: int) -> None:
         """code - zero times input."""
         for k in range(start, end, STEP):
             words = [panel.codes(k) for panel in panels]
             for j in range(min(STEP, end - k)):
+                for t, base in enumerate(self._bases if self.layout.around else []):
+                    self._plain.add(t, splat(self._x[base + (k + j)], PANEL))
                 for p, word in enumerate(words):
                     code = (word >> splat_int(8 * j, PANEL)) & splat_int(255, PANEL)
                     value = self._value(code, zeros[p])
@@ -128,6 +136,10 @@ class FloatTile(Tile):
             [self._total(p * len(self.tokens) + t) for t in range(len(self.tokens))]
             for p in range(self.panels)
         ]
+
+    def plain(self, segment: Expr) -> list[Expr]:
+        """Kept beside the products."""
+        return [self._plain.get(t) for t in range(len(self.tokens))]
 
     def _total(self, which: int) -> Expr:
         parts = [self._state.get(which * self._chains + i) for i in range(self._chains)]
@@ -192,6 +204,12 @@ class IntegerTile(Tile):
             return T.Bind(T.cast(self._leaf.sums(p * tokens + t), "float32x16") * scales[t])
 
         return [[one(p, t) for t in range(tokens)] for p in range(self.panels)]
+
+    def plain(self, segment: Expr) -> list[Expr]:
+        """`quantize_activations` has counted."""
+        x_sums, x_scales = self.buffers["x_sums"], self.buffers["x_scales"]
+        values = (T.cast(x_sums[t, segment], "float32") * x_scales[t, segment] for t in self.tokens)
+        return [T.Bind(splat(value, PANEL)) for value in values]
 
 
 TILES: Final[Mapping[bool, Callable[..., Tile]]] = {False: FloatTile, True: IntegerTile}

@@ -1,10 +1,11 @@
-// gammac-run FOLDER --prompt TEXT [--new N] [--threads N] [--end ID]...
+// gammac-run FOLDER --prompt TEXT [--new N] [--threads N] [--end ID]... [--adapters FILE]
 // gammac-run FOLDER --tokenize TEXT
 // gammac-run FOLDER ID... [--new N] [--threads N] [--end ID]...
 // gammac-run FOLDER --logits [--threads N] ID...
 //
 // Continues a text with the likeliest tokens, without Python; or token ids, an id a line. --tokenize prints the
-// ids of a text, --logits writes what is behind each of the ids, f32 [ids, vocabulary] as bytes.
+// ids of a text, --logits writes what is behind each of the ids, f32 [ids, vocabulary] as bytes. --adapters FILE
+// takes a file's adapters in place of the artifact's.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -19,10 +20,11 @@
 namespace {
 
 constexpr const char* kUsage =
-    "gammac-run FOLDER (--prompt TEXT | --tokenize TEXT | [--logits] ID...) [--new N] [--threads N] [--end ID]...";
+    "gammac-run FOLDER (--prompt TEXT | --tokenize TEXT | [--logits] ID...) [--new N] [--threads N] [--end ID]... "
+    "[--adapters FILE]";
 
 struct Wish {
-  std::string folder;
+  std::string folder, adapters;
   std::optional<std::string> prompt;
   int64_t count = 128;
   bool logits = false;
@@ -55,6 +57,8 @@ Wish parse(int argc, char** argv) {
       wish.prompt = argv[++i];
     } else if (std::strcmp(argv[i], "--new") == 0) {
       wish.count = number(argv[++i]);
+    } else if (std::strcmp(argv[i], "--adapters") == 0) {
+      wish.adapters = argv[++i];
     } else if (std::strcmp(argv[i], "--threads") == 0) {
       wish.threads = static_cast<int>(number(argv[++i]));
     } else if (std::strcmp(argv[i], "--end") == 0) {
@@ -86,7 +90,7 @@ void run(Wish wish) {
     }
     if (wish.tokens.empty()) throw gammac::Refusal{"the prompt is empty"};
   }
-  gammac::Model model(wish.folder, wish.threads);
+  gammac::Model model(wish.folder, wish.threads, wish.adapters);
   if (wish.logits) {
     const std::vector<float> found = model.logits(wish.tokens);
     std::fwrite(found.data(), sizeof(float), found.size(), stdout);

@@ -112,13 +112,15 @@ void start_threads(int threads) {
 
 }  // namespace
 
-Model::Model(const std::string& folder, int threads) {
+Model::Model(const std::string& folder, int threads, const std::string& adapters) {
   const Object about = Object::in(folder + "/model.json");
   demand_version(about);
   demand_processor(about);
   start_threads(threads);
   context_ = about.get<int64_t>("context");
-  map_params(folder + "/model.params", about.get<ffi::json::Array>("params"));
+  std::optional<Adapters> others;
+  if (!adapters.empty()) others.emplace(folder, adapters);
+  map_params(folder + "/model.params", about.get<ffi::json::Array>("params"), others);
   for (const ffi::Any& shape : about.get<ffi::json::Array>("caches")) {
     caches_.push_back(zeros(sizes_of(shape.cast<ffi::json::Array>()), kFloat));
   }
@@ -135,7 +137,8 @@ Model::Model(const std::string& folder, int threads) {
   logits_ = machine->GetFunction("logits");
 }
 
-void Model::map_params(const std::string& path, const ffi::Array<ffi::Any>& entries) {
+void Model::map_params(const std::string& path, const ffi::Array<ffi::Any>& entries,
+                       const std::optional<Adapters>& adapters) {
   const int file = open(path.c_str(), O_RDONLY);
   struct stat status {};
   if (file < 0 || fstat(file, &status) != 0) throw Refusal{path + " can't be read"};
@@ -154,6 +157,12 @@ void Model::map_params(const std::string& path, const ffi::Array<ffi::Any>& entr
     int64_t bytes = (type.bits + 7) / 8;
     for (int64_t one : shape) bytes *= one;
     if (offset < 0 || offset % kAlignment != 0 || bytes > size - offset) throw Refusal{path + " is too short"};
+    const std::string name = fields.get<ffi::String>("name");
+    if (const auto factor = adapters ? adapters->in_place_of(name, shape) : std::nullopt) {
+      params_.push_back(zeros(shape, kFloat));
+      std::copy(factor->begin(), factor->end(), static_cast<float*>(params_.back().data_ptr()));
+      continue;
+    }
     params_.push_back(ffi::Tensor::FromNDAlloc(Mapped{start + offset},
                                                ffi::ShapeView(shape.data(), shape.size()), type, kCpu));
   }

@@ -5,17 +5,20 @@
 #include <tvm/ffi/tvm_ffi.h>
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "adapters.h"
 #include "json.h"
 
 namespace gammac {
 
 class Model {
  public:
-  // Throws Refusal for a folder that is no artifact, or one for another processor, TVM or ABI.
-  Model(const std::string& folder, int threads);
+  // `adapters` is a file that stands for the artifact's, or empty. Throws Refusal for a folder that is no
+  // artifact, or one for another processor, TVM or ABI, and for adapters that don't fit it.
+  Model(const std::string& folder, int threads, const std::string& adapters);
 
   int64_t context() const { return context_; }
 
@@ -27,7 +30,8 @@ class Model {
 
  private:
   tvm::ffi::Tensor read(const tvm::ffi::Function& function, const std::vector<int64_t>& tokens);
-  void map_params(const std::string& path, const tvm::ffi::Array<tvm::ffi::Any>& entries);
+  void map_params(const std::string& path, const tvm::ffi::Array<tvm::ffi::Any>& entries,
+                  const std::optional<Adapters>& adapters);
 
   // the functions come from the library: it is freed last
   tvm::ffi::Optional<tvm::ffi::Module> library_, machine_;

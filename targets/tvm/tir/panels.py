@@ -1,29 +1,13 @@
-"""Float weights: rows in panels of 16, column by column, so that a vector holds 16 rows of one column.
-
-weight [rows, columns] → panels [ceil(rows / 16), columns, 16]
-"""
+"""Products with float weights in panels: see `gammac.targets.tvm.panels`."""
 
 from itertools import chain
-from typing import Any, Final
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
+from gammac.targets.tvm.panels import PANEL
 from gammac.targets.tvm.tir.vectors import T, chunks, kernel, load, rows_of, splat, store
 
-PANEL: Final = 16
 # rows of x that share a load of the weight, and sums that one row is spread over: adding has a latency
 TILE, CHAINS = 6, 4
-
-Floats = npt.NDArray[np.float32]
-
-
-def pack_panels(weight: Floats) -> Floats:
-    """The layout above; the last panel is filled up with zeros."""
-    rows, columns = weight.shape
-    padded = np.zeros((-(-rows // PANEL) * PANEL, columns), np.float32)
-    padded[:rows] = weight
-    return np.ascontiguousarray(padded.reshape(-1, PANEL, columns).transpose(0, 2, 1))
 
 
 def float_linear(rows: int | None, outputs: int, inputs: int, bias: bool) -> Any:

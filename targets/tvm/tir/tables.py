@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from gammac.targets.tvm.tir.panels import PANEL
+from gammac.targets.tvm.panels import PANEL
 from gammac.targets.tvm.tir.vectors import T, chunks, kernel, load, loop, rows_of, store
 
 

@@ -48,6 +48,15 @@ def loop(rows: int | None, size: Any) -> Any:
     return T.serial(0, size) if rows is not None else T.parallel(0, size)
 
 
+# bytes that are worth a second thread: waking one takes as long as reading these
+_SHARED_OUT: Final = 1 << 15
+
+
+def shared_out(count: int, read: int) -> Any:
+    """A loop over parts of one token's work, shared out between threads if the bytes read are worth it."""
+    return T.serial(0, count) if read < _SHARED_OUT else T.parallel(0, count)
+
+
 # ---- vectors ------------------------------------------------------------------------------------
 
 
