@@ -1,7 +1,7 @@
 """A Relax module to a shared library: TVM's passes, LLVM, and a linker for the target's machine."""
 
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -63,6 +63,19 @@ def build_for(target: dict[str, Any], module: Any, machine: str, path: Path) -> 
     with lowering(), built_for:
         executable = relax.build(module, target=built_for, relax_pipeline=_pipeline(tvm, relax))
     executable.export_library(str(path), fcompile=partial(_link, machine))
+
+
+def compile_kernels(module: Any, names: Iterable[str], isa: Isa, path: Path) -> None:
+    """Compile some kernels of a Relax module into one object file at `path`, without the module's functions."""
+    import tvm
+    from tvm.target import Target
+
+    from gammac.targets.tvm.kernels.lowering import lowering
+
+    kernels = {name: module[name].with_attr("global_symbol", name) for name in sorted(names)}
+    with lowering():
+        built: Any = tvm.compile(tvm.IRModule(kernels), target=Target(isa.llvm_target()))
+    built.mod.write_to_file(str(path), "o")
 
 
 def _pipeline(tvm: Any, relax: Any) -> Any:

@@ -22,6 +22,7 @@ from gammac.targets.tvm.names import FLOAT, INT8, MODEL_FILES
 from gammac.targets.tvm.nodes import INTEGER, Tensor, whole
 from gammac.targets.tvm.params import ParamFile, Places
 from gammac.targets.tvm.program import FunctionWriter, Program
+from gammac.targets.tvm.static import build_static
 from gammac.targets.tvm.tir.attention import BLOCK
 from gammac.targets.tvm.toolchain import demand_linker
 from gammac.weights import WeightStore
@@ -30,8 +31,11 @@ IDS: Final = "input_ids"
 POSITIONS: Final = "position_ids"
 
 
-def emit(module: Module, store: WeightStore, folder: Path, isa: Isa, activations: str) -> list[Path]:
-    """The files of the artifact's model, in `folder`.
+def emit(
+    module: Module, store: WeightStore, folder: Path, isa: Isa, activations: str, *,
+    static_library: bool = False,
+) -> list[Path]:  # fmt: skip
+    """The files of the artifact's model, in `folder`; with a static library, its header and an example if wished.
 
     `activations` is `int8` (products with packed weights round them to 8 bits) or `float`.
     Raises CompileError for an op that has no kernel, and where there is no linker.
@@ -47,6 +51,8 @@ def emit(module: Module, store: WeightStore, folder: Path, isa: Isa, activations
         activations=activations, code=isa.code,
     )  # fmt: skip
     paths[2].write_text(described.to_json(), encoding="utf-8")
+    if static_library:
+        paths += build_static(written.module, described, isa, paths[1], module.name)
     return paths
 
 
