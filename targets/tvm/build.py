@@ -66,7 +66,7 @@ def build_for(target: dict[str, Any], module: Any, machine: str, path: Path) -> 
 
 
 def compile_kernels(module: Any, names: Iterable[str], isa: Isa, path: Path) -> None:
-    """Compile some kernels of a Relax module into one object file at `path`, without the module's functions."""
+    """Compile some kernels of a Relax module, and none of its functions, into an object file at `path`."""
     import tvm
     from tvm.target import Target
 

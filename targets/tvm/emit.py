@@ -35,7 +35,8 @@ def emit(
     module: Module, store: WeightStore, folder: Path, isa: Isa, activations: str, *,
     static_library: bool = False,
 ) -> list[Path]:  # fmt: skip
-    """The files of the artifact's model, in `folder`; with a static library, its header and an example if wished.
+    """The files of the artifact's model, in `folder`; if wished a static library, too, with a header and an
+    example.
 
     `activations` is `int8` (products with packed weights round them to 8 bits) or `float`.
     Raises CompileError for an op that has no kernel, and where there is no linker.

@@ -1,4 +1,4 @@
-"""A model as a static library and a C header: kernels, tables of calls, and a runtime in C11; nothing of TVM's.
+"""A model as a static library and a C header: kernels, tables of calls, a runtime in C11; nothing of TVM's.
 
 libmodel.a holds machine code for one core and belongs to one model.params, which it maps. What its runtime
 does stands in `runtime.c` and `backend.c`, its interface in `gammac_model.h.in`.
@@ -32,11 +32,11 @@ FNV_START: Final = 0xCBF29CE484222325
 FNV_PRIME: Final = 0x100000001B3
 
 
-def demand_static(isa: Isa) -> None:
+def demand_static(machine: str) -> None:
     """Raise CompileError, naming what to install, unless a static library can be made for a machine: the part
     that is the same for all models is made."""
     with tempfile.TemporaryDirectory() as folder:
-        _archive(isa.machine, Path(folder), RUNTIME[:1], Path(folder) / STATIC_NAME)
+        _archive(machine, Path(folder), RUNTIME[:1], Path(folder) / STATIC_NAME)
 
 
 def build_static(module: Any, description: Description, isa: Isa, params: Path, name: str) -> list[Path]:
@@ -88,7 +88,7 @@ def _shipped(name: str) -> bytes:
 
 
 def _archive(machine: str, work: Path, sources: Sequence[str], made: Path) -> None:
-    """Compile sources within `work`, by bare names so that objects hold no path, and archive all objects there."""
+    """Compile sources in `work`, by bare names so that objects hold no path; archive all objects there."""
     compiler, archiver = demand_linker(machine), demand_archiver(machine)
     for name in (*RUNTIME, "tables.h"):
         (work / name).write_bytes(_shipped(name))

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from gammac.targets.tvm.description import Description, Entry
+from gammac.targets.tvm.description import Description
 from gammac.targets.tvm.nodes import FLOAT, INTEGER
 from gammac.targets.tvm.params import ALIGNMENT
 

@@ -27,10 +27,8 @@ class _Tensors:
         return self.places.setdefault(tensor, len(self.places))
 
 
-def model_source(
-    plans: dict[str, Plan], chunk: int, params: tuple[int, int], caches: int
-) -> str:
-    """C of the tables. `params` are the size of the parameter file and its fingerprint; `caches` are bytes."""
+def model_source(plans: dict[str, Plan], chunk: int, params: tuple[int, int], caches: int) -> str:
+    """The tables in C. `params`: the parameter file's size and fingerprint; `caches`: their bytes."""
     tensors, arguments, programs = _Tensors(), list[int](), list[str]()
     kernels = sorted({step.kernel for plan in plans.values() for step in plan.steps})
     text = [HEAD, *(f"KERNEL({name})\n" for name in kernels)]

@@ -1,0 +1,59 @@
+"""An artifact's static library, run by the C example that lies beside it: here, or under qemu-user."""
+
+import platform
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from gammac.diagnostics import CompileError
+from gammac.runtime.program_session import NotEmulated, ProgramSession, emulation, place_of
+from gammac.runtime.session import Logits
+from gammac.targets.tvm.description import parse_description
+from gammac.targets.tvm.names import DESCRIPTION_NAME, EXAMPLE_NAME, PARAMS_NAME, STATIC_NAME
+from gammac.targets.tvm.toolchain import demand_linker
+
+THREADS: Final = 2
+# in standard deviations of the logits: sums in another order move a few inputs to the next of their 127 steps
+MOST_APART: Final = 0.2
+
+
+class StaticSession(ProgramSession):
+    """A decoder, one whole sequence at a time; the program is linked when the session is made.
+
+    Raises NotEmulated where nothing here runs it, and CompileError where prefill and decode differ.
+    """
+
+    def __init__(self, folder: Path, threads: int = THREADS) -> None:
+        about = parse_description((folder / DESCRIPTION_NAME).read_text(encoding="utf-8"))
+        here = about.arch == platform.machine()
+        emulator = [] if here else emulation(about.arch, about.code.get("cpu", ""))
+        self._scratch = tempfile.TemporaryDirectory()
+        program = Path(self._scratch.name) / "example"
+        link_example(folder, about.arch, program)
+        command = [*emulator, str(program), str(folder / PARAMS_NAME), "--threads", str(threads)]
+        super().__init__(about, command, place_of(emulator))
+
+    def _run(self, tokens: list[int]) -> Logits:
+        """Logits of decode, after those of prefill were found to be the same."""
+        *rows, whole = super()._run(tokens)
+        apart = np.abs(whole - rows[-1]).max() / whole.std()
+        if not apart < MOST_APART:
+            raise CompileError(
+                f"the static library's prefill and decode are {apart:.3g} standard deviations apart",
+                hint="this is a fault of gammac; keep the dumps of --dump-ir and report it",
+            )
+        return np.stack(rows)
+
+
+def link_example(folder: Path, machine: str, program: Path) -> None:
+    """Compile the example of an artifact and link its static library. Raises NotEmulated where that fails."""
+    # an emulator has no libraries of its machine
+    static = [] if machine == platform.machine() else ["-static"]
+    command = [*demand_linker(machine), "-O1", *static, "-o", str(program), str(folder / EXAMPLE_NAME)]
+    command += [str(folder / STATIC_NAME), "-lm", "-pthread"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise NotEmulated(f"{command[0]} does not link {STATIC_NAME}: {done.stderr}")
