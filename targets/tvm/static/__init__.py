@@ -21,8 +21,10 @@ from gammac.targets.tvm.names import EXAMPLE_NAME, HEADER_NAME, STATIC_FILES, ST
 from gammac.targets.tvm.params import ALIGNMENT
 from gammac.targets.tvm.toolchain import demand_archiver, demand_linker
 
-RUNTIME: Final = ("backend.c", "runtime.c")
-FLAGS: Final = ("-std=c11", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror")
+RUNTIME: Final = ("backend.c", "processor.c", "runtime.c")
+FLAGS: Final = ("-std=c11", "-O2", "-fPIC", "-fvisibility=hidden")
+JOIN: Final = ("-r", "-nostdlib", "-Wl,--strip-debug", "-Wl,--discard-all", "-Wl,--build-id=none")
+OBJECT: Final = "gammac_model.o"
 CHUNK: Final = 128
 """Rows of a prefill at most: longer prompts are read in parts."""
 
@@ -36,7 +38,7 @@ def demand_static(machine: str) -> None:
     """Raise CompileError, naming what to install, unless a static library can be made for a machine: the part
     that is the same for all models is made."""
     with tempfile.TemporaryDirectory() as folder:
-        _archive(machine, Path(folder), RUNTIME[:1], Path(folder) / STATIC_NAME)
+        _archive(machine, Path(folder), RUNTIME[:2], Path(folder) / STATIC_NAME)
 
 
 def build_static(module: Any, description: Description, isa: Isa, params: Path, name: str) -> list[Path]:
@@ -46,17 +48,18 @@ def build_static(module: Any, description: Description, isa: Isa, params: Path, 
     """
     from gammac.targets.tvm.build import compile_kernels
     from gammac.targets.tvm.static.plan import cache_places, padded, plan
-    from gammac.targets.tvm.static.source import model_source
+    from gammac.targets.tvm.static.source import File, model_source
 
     chunk = min(CHUNK, description.context)
     plans = {f: plan(module[f], description, rows) for f, rows in (("decode", 1), ("prefill", chunk))}
     caches = sum(padded(4 * prod(place.shape)) for place in cache_places(description))
-    file = (params.stat().st_size, fingerprint(params))
+    file = File(params.stat().st_size, fingerprint(params))
     made = [params.parent / file_name for file_name in STATIC_FILES]
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         (work / HEADER_NAME).write_text(_header(description, isa, name), encoding="utf-8")
-        (work / "model.c").write_text(model_source(plans, chunk, file, caches), encoding="ascii")
+        source = model_source(plans, chunk, isa.cpu_flags, file, caches)
+        (work / "model.c").write_text(source, encoding="ascii")
         used = {step.kernel for p in plans.values() for step in p.steps}
         compile_kernels(module, used, isa, work / "kernels.o")
         _archive(isa.machine, work, (*RUNTIME, "model.c"), made[0])
@@ -88,14 +91,16 @@ def _shipped(name: str) -> bytes:
 
 
 def _archive(machine: str, work: Path, sources: Sequence[str], made: Path) -> None:
-    """Compile sources in `work`, by bare names so that objects hold no path; archive all objects there."""
+    """Compile sources in `work`, by bare names so that objects hold no path, and archive all objects there as
+    one, without TVM's debug information."""
     compiler, archiver = demand_linker(machine), demand_archiver(machine)
     for name in (*RUNTIME, "tables.h"):
         (work / name).write_bytes(_shipped(name))
     _run([*compiler, *FLAGS, "-c", f"-I{_headers()}", *sources], work)
     objects = sorted(path.name for path in work.glob("*.o"))
+    _run([*compiler, *JOIN, "-o", OBJECT, *objects], work)
     # D: no times and no users
-    _run([*archiver, "rcsD", str(made), *objects], work)
+    _run([*archiver, "rcsD", str(made), OBJECT], work)
 
 
 def _run(command: Sequence[str], folder: Path) -> None:

@@ -79,6 +79,8 @@ static int lay_out(gammac_model* model) {
 }
 
 PUBLIC int gammac_open(const char* path, int threads, gammac_model** model) {
+  *model = NULL;
+  if (!gammac_processor_fits(TABLES->features, TABLES->feature_count)) return GAMMAC_PROCESSOR;
   *model = calloc(1, sizeof(gammac_model));
   if (*model == NULL) return GAMMAC_NO_MEMORY;
   int code = map_params(*model, path);

@@ -6,7 +6,7 @@
 #include <stdint.h>
 #include <tvm/ffi/c_api.h>
 
-enum { GAMMAC_DIMS = 4, GAMMAC_PLACES = 3 };
+enum { GAMMAC_DIMS = 4, GAMMAC_PLACES = 3, GAMMAC_MOST_ARGUMENTS = 32 };
 enum gammac_place { GAMMAC_PARAMS, GAMMAC_CACHES, GAMMAC_ARENA };
 
 // Sizes [0] of 0 stand for the rows of a call.
@@ -15,6 +15,11 @@ typedef struct {
   int64_t sizes[GAMMAC_DIMS];
   size_t offset;
 } gammac_tensor;
+
+// A bit that a processor must have set: of a word of a cpuid leaf, or of AT_HWCAP (0) and AT_HWCAP2 (1).
+typedef struct {
+  uint8_t leaf, part, word, bit;
+} gammac_feature;
 
 typedef int (*gammac_kernel)(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);
 
@@ -34,8 +39,10 @@ typedef struct {
 typedef struct {
   const gammac_tensor* tensors;
   int tensor_count;
-  const uint16_t* arguments;
+  const uint32_t* arguments;
   gammac_program decode, prefill;
+  const gammac_feature* features;
+  int feature_count;
   int chunk;  // rows of a prefill that the arena has room for
   size_t params_size;
   uint64_t fingerprint;
@@ -44,11 +51,13 @@ typedef struct {
 
 extern const gammac_tables gammac_model_tables;
 
+// ---- processor.c ----
+
+int gammac_processor_fits(const gammac_feature* features, int count);
+
 // ---- backend.c ----
 
 typedef struct gammac_pool gammac_pool;
-
-enum { GAMMAC_MOST_ARGUMENTS = 32 };
 
 // The kernels have what they expect of a runtime then. NULL where there is no memory or no thread to be had.
 gammac_pool* gammac_pool_new(int threads);
