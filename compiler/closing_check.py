@@ -55,11 +55,12 @@ def closing_check(
                 f"the device code was not run: {backend.elsewhere}; "
                 "checked were the same kernels as loops on the CPU",
             )
-    try:
-        session: ProgramSession = StaticSession(folder) if static else EmulatedSession(folder, cache)
-        found = run(session)
-    except NotEmulated as error:
-        return _stand_in(backend, original, module, ctx, manifest, str(error))
+        session: ProgramSession
+        try:
+            session = StaticSession(folder, Path(scratch)) if static else EmulatedSession(folder, cache)
+            found = run(session)
+        except NotEmulated as error:
+            return _stand_in(backend, original, module, ctx, manifest, str(error))
     what = f"checked was {STATIC_NAME}, " if static else ""
     return Checked(found, f"{what}not run on this machine but {session.place}")
 
@@ -67,7 +68,8 @@ def closing_check(
 def _library_note(folder: Path, run: Callable[[ProgramSession], Any]) -> str:
     """What became of the static library on this machine, where model.so was checked before."""
     try:
-        run(StaticSession(folder))
+        with tempfile.TemporaryDirectory() as scratch:
+            run(StaticSession(folder, Path(scratch)))
     except NotEmulated as error:
         return f"{STATIC_NAME} was not run: {str(error).splitlines()[0]}"
     return f"{STATIC_NAME} was run by {EXAMPLE_NAME} and checked as well"

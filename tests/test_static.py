@@ -3,6 +3,7 @@
 import platform
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,12 +44,16 @@ pytestmark = pytest.mark.skipif(find_linker() is None, reason="no C compiler")
 Build = Callable[[str], Path]
 
 
-def write(target_name: str, folder: Path) -> Path:
-    """The artifact of a toy decoder that writes several tokens."""
+def write(target_name: str, folder: Path, *, whole: bool = False) -> Path:
+    """The artifact of a toy decoder that writes several tokens; without model.so unless `whole`."""
     store, target = WeightStore(), load_target(target_name)
     module = quantized(decoder(Shape(heads=8, tied=False), store), store, {"": "w4g32"})
+    module = replace(module, attrs={**module.attrs, "max_positions": CONTEXT})
     module = LegalizeTvm(CONTEXT).run(module, Context(target, store))
-    emit(module, store, folder, isa_of(target), "int8", static_library=True)
+    with pytest.MonkeyPatch.context() as patch:
+        if not whole:
+            patch.setattr("gammac.targets.tvm.emit.build_library", lambda *_: None)
+        emit(module, store, folder, isa_of(target), "int8", static_library=True)
     return folder
 
 
@@ -64,7 +69,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
         if machine != platform.machine() and find_emulator(machine) is None:
             pytest.skip(f"nothing here runs code for {machine}: apt-get install qemu-user-static")
         if target not in made:
-            made[target] = write(target, tmp_path_factory.mktemp(target))
+            made[target] = write(target, tmp_path_factory.mktemp(target), whole=target == HERE)
         return made[target]
 
     return find
@@ -80,11 +85,11 @@ def in_python(session: TvmSession, prompt: list[int], count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_machine_gives_the_hosts_numbers(build: Build, target: str) -> None:
+def test_every_machine_gives_the_hosts_numbers(build: Build, tmp_path: Path, target: str) -> None:
     host = TvmSession(build(HERE), 1)
     expected = in_python(host, PROMPT, NEW)
     assert len(set(expected)) > 3
-    session = StaticSession(build(target))
+    session = StaticSession(build(target), tmp_path)
     assert session.greedy(PROMPT, NEW) == expected
     tokens = np.array([PROMPT + expected[:5]])
     near = host.logits(tokens)
@@ -92,13 +97,13 @@ def test_every_machine_gives_the_hosts_numbers(build: Build, target: str) -> Non
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_a_long_prompt_is_read_in_parts(build: Build, threads: int) -> None:
+def test_a_long_prompt_is_read_in_parts(build: Build, tmp_path: Path, threads: int) -> None:
     prompt = [(7 * i + i * i) % 64 for i in range(CHUNK + 11)]
     expected = in_python(TvmSession(build(HERE), 1), prompt, NEW)
-    assert StaticSession(build(HERE), threads).greedy(prompt, NEW) == expected
+    assert StaticSession(build(HERE), tmp_path, threads).greedy(prompt, NEW) == expected
     # a part of one token is a decode
     expected = in_python(TvmSession(build(HERE), 1), prompt[: CHUNK + 1], 3)
-    assert StaticSession(build(HERE), threads).greedy(prompt[: CHUNK + 1], 3) == expected
+    assert StaticSession(build(HERE), tmp_path, threads).greedy(prompt[: CHUNK + 1], 3) == expected
 
 
 def test_equal_modules_are_equal_bytes(build: Build, tmp_path: Path) -> None:
@@ -119,7 +124,7 @@ def said(session: ProgramSession, params: Path, *arguments: object) -> str:
 
 
 def test_foreign_parameters_are_refused(build: Build, tmp_path: Path) -> None:
-    session, params = StaticSession(build(HERE)), tmp_path / "model.params"
+    session, params = StaticSession(build(HERE), tmp_path), tmp_path / "model.params"
     assert "can't be read" in said(session, params, 1)
     whole = (build(HERE) / "model.params").read_bytes()
     for other in (whole[:-1], whole + b"\0", b"", whole[:20000] + bytes(20000) + whole[40000:]):
@@ -127,8 +132,8 @@ def test_foreign_parameters_are_refused(build: Build, tmp_path: Path) -> None:
         assert "not those of this library" in said(session, params, 1)
 
 
-def test_the_context_and_the_vocabulary_are_kept(build: Build) -> None:
-    session, params = StaticSession(build(HERE)), build(HERE) / "model.params"
+def test_the_context_and_the_vocabulary_are_kept(build: Build, tmp_path: Path) -> None:
+    session, params = StaticSession(build(HERE), tmp_path), build(HERE) / "model.params"
     assert "the context is full" in said(session, params, *[1] * (CONTEXT + 1))
     for wrong in (64, -1, 10**9):
         assert "there is no such token" in said(session, params, 1, wrong)
@@ -162,8 +167,8 @@ def test_what_is_shipped_compiles_without_warnings(build: Build, tmp_path: Path)
     subprocess.run([*command, "-lm", "-pthread", "-o", object_], check=True)
 
 
-def test_a_core_without_the_instructions_is_told(build: Build) -> None:
-    session = StaticSession(build("edge-aarch64-rpi5"))
+def test_a_core_without_the_instructions_is_told(build: Build, tmp_path: Path) -> None:
+    session = StaticSession(build("edge-aarch64-rpi5"), tmp_path)
     command = [a.replace("cortex-a76", "cortex-a72") for a in session._command]
     if command == session._command:
         command = [a.replace("max", "cortex-a72") for a in command]
@@ -172,8 +177,10 @@ def test_a_core_without_the_instructions_is_told(build: Build) -> None:
         session.greedy(PROMPT, 1)
 
 
-def test_a_prefill_that_differs_from_decode_is_noticed(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    session = StaticSession(build(HERE))
+def test_a_prefill_that_differs_from_decode_is_noticed(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = StaticSession(build(HERE), tmp_path)
     rows = ProgramSession._run(session, PROMPT)
     assert rows.shape == (len(PROMPT) + 1, 64) and np.abs(rows[-1] - rows[-2]).max() < 1e-3 * rows.std()
     monkeypatch.setattr(ProgramSession, "_run", lambda self, tokens: [*rows[:-1], rows[0]])

@@ -59,7 +59,7 @@ def test_a_machine_without_tvm_writes_the_hosts_tokens(
         expected.append(int(logits.argmax()))
         logits = host.decode(expected[-1])
     assert len(set(expected)) > 3
-    assert StaticSession(folder).greedy(PROMPT, NEW) == expected
+    assert StaticSession(folder, tmp_path).greedy(PROMPT, NEW) == expected
 
 
 def test_a_backend_without_one_refuses_before_any_work(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import platform
 import subprocess
-import tempfile
 from pathlib import Path
 from typing import Final
 
@@ -21,17 +20,16 @@ MOST_APART: Final = 0.2
 
 
 class StaticSession(ProgramSession):
-    """A decoder, one whole sequence at a time; the program is linked when the session is made.
+    """A decoder, one whole sequence at a time; the program is linked into the folder `work`.
 
     Raises NotEmulated where nothing here runs it, and CompileError where prefill and decode differ.
     """
 
-    def __init__(self, folder: Path, threads: int = THREADS) -> None:
+    def __init__(self, folder: Path, work: Path, threads: int = THREADS) -> None:
         about = parse_description((folder / DESCRIPTION_NAME).read_text(encoding="utf-8"))
         here = about.arch == platform.machine()
         emulator = [] if here else emulation(about.arch, about.code.get("cpu", ""))
-        self._scratch = tempfile.TemporaryDirectory()
-        program = Path(self._scratch.name) / "example"
+        program = work / "example"
         link_example(folder, about.arch, program)
         command = [*emulator, str(program), str(folder / PARAMS_NAME), "--threads", str(threads)]
         super().__init__(about, command, place_of(emulator))

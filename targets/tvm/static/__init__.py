@@ -99,6 +99,7 @@ def _archive(machine: str, work: Path, sources: Sequence[str], made: Path) -> No
     _run([*compiler, *FLAGS, "-c", f"-I{_headers()}", *sources], work)
     objects = sorted(path.name for path in work.glob("*.o"))
     _run([*compiler, *JOIN, "-o", OBJECT, *objects], work)
+    made.unlink(missing_ok=True)  # an archive keeps what it has
     # D: no times and no users
     _run([*archiver, "rcsD", str(made), OBJECT], work)
 
