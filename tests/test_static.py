@@ -44,16 +44,13 @@ pytestmark = pytest.mark.skipif(find_linker() is None, reason="no C compiler")
 Build = Callable[[str], Path]
 
 
-def write(target_name: str, folder: Path, *, whole: bool = False) -> Path:
-    """The artifact of a toy decoder that writes several tokens; without model.so unless `whole`."""
+def write(target_name: str, folder: Path) -> Path:
+    """The artifact of a toy decoder that writes several tokens."""
     store, target = WeightStore(), load_target(target_name)
     module = quantized(decoder(Shape(heads=8, tied=False), store), store, {"": "w4g32"})
     module = replace(module, attrs={**module.attrs, "max_positions": CONTEXT})
     module = LegalizeTvm(CONTEXT).run(module, Context(target, store))
-    with pytest.MonkeyPatch.context() as patch:
-        if not whole:
-            patch.setattr("gammac.targets.tvm.emit.build_library", lambda *_: None)
-        emit(module, store, folder, isa_of(target), "int8", static_library=True)
+    emit(module, store, folder, isa_of(target), "int8", static_library=True)
     return folder
 
 
@@ -69,7 +66,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
         if machine != platform.machine() and find_emulator(machine) is None:
             pytest.skip(f"nothing here runs code for {machine}: apt-get install qemu-user-static")
         if target not in made:
-            made[target] = write(target, tmp_path_factory.mktemp(target), whole=target == HERE)
+            made[target] = write(target, tmp_path_factory.mktemp(target))
         return made[target]
 
     return find

@@ -3,6 +3,7 @@
 Weights are loaded, packed and written one at a time. The same module gives the same bytes.
 """
 
+import tempfile
 from collections import Counter
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -46,14 +47,16 @@ def emit(
     paths = [folder / name for name in MODEL_FILES]
     with ParamFile(paths[1]) as data:
         written = write_program(module, store, data, CpuDevice(isa, activations == INT8))
-    build_library(written.module, isa, paths[0])
     described = replace(
         written.description, isa=isa.name, cpu_flags=isa.cpu_flags, arch=isa.machine,
         activations=activations, code=isa.code,
     )  # fmt: skip
     paths[2].write_text(described.to_json(), encoding="utf-8")
-    if static_library:
-        paths += build_static(written.module, described, isa, paths[1], module.name)
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(scratch)
+        build_library(written.module, isa, paths[0], work)
+        if static_library:
+            paths += build_static(written.module, described, isa, paths[1], work, module.name)
     return paths
 
 

@@ -4,6 +4,7 @@ libmodel.a holds machine code for one core and belongs to one model.params, whic
 does stands in `runtime.c` and `backend.c`, its interface in `gammac_model.h.in`.
 """
 
+import shutil
 import subprocess
 import sysconfig
 import tempfile
@@ -41,12 +42,14 @@ def demand_static(machine: str) -> None:
         _archive(machine, Path(folder), RUNTIME[:2], Path(folder) / STATIC_NAME)
 
 
-def build_static(module: Any, description: Description, isa: Isa, params: Path, name: str) -> list[Path]:
+def build_static(
+    module: Any, description: Description, isa: Isa, params: Path, work: Path, name: str
+) -> list[Path]:
     """Write a Relax module as a static library, with its header and an example, beside its parameter file.
 
-    `name` is the model's. Raises CompileError with the compiler's words where it fails.
+    The folder `work` holds the kernels' object files and takes others. `name` is the model's.
+    Raises CompileError with the compiler's words where it fails.
     """
-    from gammac.targets.tvm.build import compile_kernels
     from gammac.targets.tvm.static.plan import cache_places, padded, plan
     from gammac.targets.tvm.static.source import File, model_source
 
@@ -54,16 +57,12 @@ def build_static(module: Any, description: Description, isa: Isa, params: Path, 
     plans = {f: plan(module[f], description, rows) for f, rows in (("decode", 1), ("prefill", chunk))}
     caches = sum(padded(4 * prod(place.shape)) for place in cache_places(description))
     file = File(params.stat().st_size, fingerprint(params))
+    source = model_source(plans, chunk, isa.cpu_flags, file, caches)
+    (work / "model.c").write_text(source, encoding="ascii")
+    (work / HEADER_NAME).write_text(_header(description, isa, name), encoding="utf-8")
     made = [params.parent / file_name for file_name in STATIC_FILES]
-    with tempfile.TemporaryDirectory() as scratch:
-        work = Path(scratch)
-        (work / HEADER_NAME).write_text(_header(description, isa, name), encoding="utf-8")
-        source = model_source(plans, chunk, isa.cpu_flags, file, caches)
-        (work / "model.c").write_text(source, encoding="ascii")
-        used = {step.kernel for p in plans.values() for step in p.steps}
-        compile_kernels(module, used, isa, work / "kernels.o")
-        _archive(isa.machine, work, (*RUNTIME, "model.c"), made[0])
-        made[1].write_bytes((work / HEADER_NAME).read_bytes())
+    _archive(isa.machine, work, (*RUNTIME, "model.c"), made[0])
+    shutil.copy(work / HEADER_NAME, made[1])
     made[2].write_bytes(_shipped(EXAMPLE_NAME))
     return made
 
