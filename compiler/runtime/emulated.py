@@ -10,7 +10,6 @@ from gammac.runtime.program_session import NotEmulated, ProgramSession, emulatio
 from gammac.targets.tvm.description import parse_description
 from gammac.targets.tvm.names import DESCRIPTION_NAME
 from gammac.targets.tvm.runner import NAME, build_runner, source_digest
-from gammac.targets.tvm.toolchain import MACHINES
 
 
 class EmulatedSession(ProgramSession):
@@ -24,9 +23,7 @@ class EmulatedSession(ProgramSession):
         emulator = emulation(machine, about.code.get("cpu", ""))
         place = cache / "runners" / key_of(machine, about.tvm, source_digest())[:16]
         runner = place / NAME if (place / NAME).exists() else _built(place, machine, cache / "wheels")
-        root = f"/usr/{MACHINES[machine].triple}"
-        command = [*emulator, *(("-L", root) if Path(root).is_dir() else ())]
-        command += [str(runner), str(folder), "--threads", "1"]
+        command = [*emulator, str(runner), str(folder), "--threads", "1"]
         super().__init__(about, command, place_of(emulator))
 
 

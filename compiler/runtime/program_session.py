@@ -5,6 +5,7 @@ import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 
@@ -12,6 +13,8 @@ from gammac.diagnostics import CompileError
 from gammac.runtime.session import Logits, Tokens, check_room
 from gammac.targets.tvm.description import Description
 from gammac.targets.tvm.toolchain import MACHINES, find_emulator
+
+LIBRARIES: Final = "-L"  # qemu's option
 
 
 class NotEmulated(CompileError):
@@ -81,7 +84,8 @@ class ProgramSession:
 
 
 def emulation(machine: str, core: str) -> list[str]:
-    """What runs another machine's programs, on a core or, where it is unknown, on one that has everything.
+    """What runs another machine's programs, on a core or, where it is unknown, on one that has everything;
+    with LIBRARIES, and that machine's libraries, if they are here.
 
     Raises NotEmulated where there is no emulator.
     """
@@ -89,9 +93,11 @@ def emulation(machine: str, core: str) -> list[str]:
     if emulator is None:
         raise NotEmulated(f"no emulator of {machine} is here", hint="apt-get install qemu-user-static")
     known = subprocess.run([emulator, "-cpu", "help"], capture_output=True, text=True, check=False)
-    return [emulator, "-cpu", core if core in known.stdout.split() else MACHINES[machine].any_core]
+    about = MACHINES[machine]
+    libraries = (LIBRARIES, f"/usr/{about.triple}") if Path("/usr", about.triple).is_dir() else ()
+    return [emulator, *libraries, "-cpu", core if core in known.stdout.split() else about.any_core]
 
 
 def place_of(command: Sequence[str]) -> str:
-    """Where what `emulation` runs is run, in words; nothing of a command is this machine itself."""
-    return " ".join(["under", Path(command[0]).name, *command[1:]]) if command else "on this machine"
+    """Where what `emulation` runs is run, in words; no command is this machine itself."""
+    return " ".join(["under", Path(command[0]).name, *command[-2:]]) if command else "on this machine"

@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 
 from gammac.diagnostics import CompileError
-from gammac.runtime.program_session import NotEmulated, ProgramSession, emulation, place_of
+from gammac.runtime.program_session import LIBRARIES, NotEmulated, ProgramSession, emulation, place_of
 from gammac.runtime.session import Logits
 from gammac.targets.tvm.description import parse_description
 from gammac.targets.tvm.names import DESCRIPTION_NAME, EXAMPLE_NAME, PARAMS_NAME, STATIC_NAME
@@ -30,7 +30,7 @@ class StaticSession(ProgramSession):
         here = about.arch == platform.machine()
         emulator = [] if here else emulation(about.arch, about.code.get("cpu", ""))
         program = work / "example"
-        link_example(folder, about.arch, program)
+        _link(folder, about.arch, program, static=bool(emulator) and LIBRARIES not in emulator)
         command = [*emulator, str(program), str(folder / PARAMS_NAME), "--threads", str(threads)]
         super().__init__(about, command, place_of(emulator))
 
@@ -46,12 +46,10 @@ class StaticSession(ProgramSession):
         return np.stack(rows)
 
 
-def link_example(folder: Path, machine: str, program: Path) -> None:
-    """Compile the example of an artifact and link its static library. Raises NotEmulated where that fails."""
-    # an emulator has no libraries of its machine
-    static = [] if machine == platform.machine() else ["-static"]
-    command = [*demand_linker(machine), "-O1", *static, "-o", str(program), str(folder / EXAMPLE_NAME)]
-    command += [str(folder / STATIC_NAME), "-lm", "-pthread"]
+def _link(folder: Path, machine: str, program: Path, static: bool) -> None:
+    linker = demand_linker(machine)
+    command = [*linker, "-O1", *(["-static"] if static else []), "-o", str(program)]
+    command += [str(folder / EXAMPLE_NAME), str(folder / STATIC_NAME), "-lm", "-pthread"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise NotEmulated(f"{command[0]} does not link {STATIC_NAME}: {done.stderr}")
+        raise NotEmulated(f"{' '.join(linker)} does not link {STATIC_NAME}: {done.stderr.strip()}")
