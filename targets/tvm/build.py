@@ -98,6 +98,6 @@ def _link(machine: str, kept: Path | None, output: str, objects: Sequence[str], 
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise CompileError(f"{command[0]} does not link the model:\n{done.stderr}", hint="set CC to another")
-    for path in objects if kept is not None else ():
-        if Path(path).name != BYTECODE:
-            shutil.copy(path, kept)
+    if kept is not None:
+        for kernels in (path for path in objects if Path(path).name != BYTECODE):
+            shutil.copy(kernels, kept)
