@@ -27,8 +27,10 @@ from gammac.runtime.tvm_session import TvmSession
 from gammac.targets.tvm import toolchain
 from gammac.targets.tvm.emit import emit
 from gammac.targets.tvm.kernels import isa_of
-from gammac.targets.tvm.static import CHUNK
+from gammac.targets.tvm.kernels.isa import ISAS
+from gammac.targets.tvm.static import CHUNK, demand_static
 from gammac.targets.tvm.static.plan import _Arena
+from gammac.targets.tvm.static.source import FEATURES
 from gammac.targets.tvm.toolchain import CXX, MACHINES, demand_archiver, find_emulator, find_linker
 
 PROMPT = [3, 14, 15, 9, 26, 5]
@@ -132,9 +134,10 @@ def test_foreign_parameters_are_refused(build: Build, tmp_path: Path) -> None:
 def test_the_context_and_the_vocabulary_are_kept(build: Build, tmp_path: Path) -> None:
     session, params = StaticSession(build(HERE), tmp_path), build(HERE) / "model.params"
     assert "the context is full" in said(session, params, *[1] * (CONTEXT + 1))
-    for wrong in (64, -1, 10**9):
-        assert "there is no such token" in said(session, params, 1, wrong)
-    assert "usage" in said(session, params, "--new", 3)
+    for token in (64, -1, 10**9):
+        assert "there is no such token" in said(session, params, 1, token)
+    for wrong in (["--new", 3], ["--fast", 3]):
+        assert "usage" in said(session, params, *wrong)
     with pytest.raises(CompileError, match="there is no such token"):
         session.greedy([64], 1)
 
@@ -195,6 +198,22 @@ def test_a_missing_archiver_is_named_with_its_package(machine: str, monkeypatch:
     monkeypatch.delenv("AR", raising=False)
     with pytest.raises(CompileError, match=f"static library for {machine}[^$]*apt-get install binutils"):
         demand_archiver(machine)
+
+
+def test_an_archiver_that_knows_no_such_machine_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host's own writes archives that no linker reads."""
+    fake = tmp_path / "ar"
+    fake.write_text("#!/bin/sh\nprintf '!<arch>\\nmodel.o/' > \"$2\"\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("AR", str(fake))
+    with pytest.raises(CompileError, match="finds no symbols in objects"):
+        demand_static(platform.machine())
+
+
+def test_processors_are_asked_for_all_that_kernels_use() -> None:
+    assert {flag for isa in ISAS.values() for flag in isa.cpu_flags} <= FEATURES.keys()
 
 
 def test_other_backends_are_refused(tmp_path: Path) -> None:

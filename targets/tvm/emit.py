@@ -54,7 +54,7 @@ def emit(
     paths[2].write_text(described.to_json(), encoding="utf-8")
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
-        build_library(written.module, isa, paths[0], work)
+        build_library(written.module, isa, paths[0], work if static_library else None)
         if static_library:
             paths += build_static(written.module, described, isa, paths[1], work, module.name)
     return paths

@@ -116,20 +116,20 @@ def demand_linker(machine: str = "", language: str = C) -> list[str]:
 
 
 def demand_archiver(machine: str) -> list[str]:
-    """The command that makes static libraries for a machine: $AR, that of its compiler, LLVM's or zig's.
+    """The command that makes static libraries for a machine: $AR, the one of its compiler, LLVM's or zig's.
 
     Raises CompileError without one, naming what to install.
     """
     native = machine == platform.machine()
-    names = [os.environ.get("AR", ""), "ar" if native else f"{MACHINES[machine].triple}-ar", "llvm-ar"]
-    found = next((path for name in names if name and (path := shutil.which(name))), None)
+    usual = "ar" if native else f"{MACHINES[machine].triple}-ar"
+    found = next(filter(None, map(shutil.which, (os.environ.get("AR", ""), usual, "llvm-ar"))), None)
     if found is not None:
         return [found]
     if importlib.util.find_spec("ziglang") is not None:
         return [sys.executable, "-m", "ziglang", "ar"]
     package = "binutils" if native else f"binutils-{MACHINES[machine].triple.replace('_', '-')}"
     raise CompileError(
-        f"nothing here makes a static library for {machine}: there is no {names[1]}",
+        f"nothing here makes a static library for {machine}: there is no {usual}",
         hint=f"`apt-get install {package}` or `pip install ziglang`, or set AR",
     )
 

@@ -26,6 +26,7 @@ RUNTIME: Final = ("backend.c", "processor.c", "runtime.c")
 FLAGS: Final = ("-std=c11", "-O2", "-fPIC", "-fvisibility=hidden")
 JOIN: Final = ("-r", "-nostdlib", "-Wl,--strip-debug", "-Wl,--discard-all", "-Wl,--build-id=none")
 OBJECT: Final = "gammac_model.o"
+MAGIC: Final = b"!<arch>\n"  # the first member of an archive that can be linked is its index, named /
 CHUNK: Final = 128
 """Rows of a prefill at most: longer prompts are read in parts."""
 
@@ -101,6 +102,11 @@ def _archive(machine: str, work: Path, sources: Sequence[str], made: Path) -> No
     made.unlink(missing_ok=True)  # an archive keeps what it has
     # D: no times and no users
     _run([*archiver, "rcsD", str(made), OBJECT], work)
+    if made.read_bytes()[len(MAGIC) : len(MAGIC) + 1] != b"/":
+        raise CompileError(
+            f"{archiver[0]} finds no symbols in objects for {machine}",
+            hint="set AR to the archiver of a cross compiler, or unset it",
+        )
 
 
 def _run(command: Sequence[str], folder: Path) -> None:

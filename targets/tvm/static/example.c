@@ -45,9 +45,10 @@ static void write_logits(gammac_model* model, const int32_t* tokens, int count) 
 }
 
 int main(int argc, char** argv) {
-  int count = 0, wanted = 16, threads = 1, bytes = 0;
+  int count = 0, wanted = 16, threads = 1, bytes = 0, wrong = 0;
   int32_t* tokens = calloc((size_t)argc, sizeof(int32_t));
   gammac_model* model;
+  if (tokens == NULL) demand(GAMMAC_NO_MEMORY);
   for (int i = 2; i < argc; ++i) {
     const int more = i + 1 < argc;
     if (strcmp(argv[i], "--logits") == 0) {
@@ -57,10 +58,11 @@ int main(int argc, char** argv) {
     } else if (strcmp(argv[i], "--new") == 0 && more) {
       wanted = atoi(argv[++i]);
     } else {
+      wrong |= strncmp(argv[i], "--", 2) == 0;
       tokens[count++] = atoi(argv[i]);
     }
   }
-  if (tokens == NULL || count == 0) {
+  if (count == 0 || wrong) {
     fprintf(stderr, "usage: %s model.params [--threads N] [--new N | --logits] ID...\n", argv[0]);
     return 1;
   }

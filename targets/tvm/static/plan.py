@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 
 from gammac.targets.tvm.description import Description
-from gammac.targets.tvm.nodes import FLOAT, INTEGER
+from gammac.targets.tvm.nodes import FLOAT
 from gammac.targets.tvm.params import ALIGNMENT
 
 PARAMS, CACHES, ARENA = "params", "caches", "arena"
@@ -64,8 +64,7 @@ def padded(size: int) -> int:
 
 def plan(function: Any, description: Description, rows: int) -> Plan:
     """The calls of a Relax function as `program.py` writes it, which has at most `rows` rows."""
-    ids = _Made((0, 1) if rows > 1 else (1, 1), INTEGER)
-    past = _Made((1,), INTEGER)
+    ids, past = (_made(param.ty) for param in function.params[:2])
     reader = _Reader({"ids": ids, "past": past}, description)
     calls = [call for binding in _bindings(function) for call in reader.read(binding)]
     logits = reader.values[_name(function.body.body)]
@@ -164,12 +163,11 @@ def _placed(calls: Sequence[_Call], ids: _Made, past: _Made, logits: _Made, rows
             places[id(tensor)] = Placed(ARENA, offset, tensor.dtype, tensor.shape)
         return places[id(tensor)]
 
-    place(ids), place(past)
-    steps = []
+    ends, steps = (place(ids), place(past)), []
     for i, (kernel, tensors) in enumerate(calls):
         steps.append(Step(kernel, tuple(map(place, tensors))))
         arena.release(i)
-    return Plan(tuple(steps), place(ids), place(past), place(logits), arena.size)
+    return Plan(tuple(steps), *ends, place(logits), arena.size)
 
 
 class _Arena:
