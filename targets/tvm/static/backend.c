@@ -1,12 +1,13 @@
 // What compiled kernels expect of a runtime: threads, scratch memory, a place for errors.
 #define _DEFAULT_SOURCE
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 
 #include "tables.h"
 
-enum { ALIGNMENT = 64, SPINS = 4000 };
+enum { ALIGNMENT = 64, SPINS = 1000, QUIET_SPINS = 200 };
 
 // as in TVM's c_backend_api.h
 typedef struct {
@@ -46,10 +47,16 @@ static void run_share(gammac_pool* pool, int first) {
   }
 }
 
+// Kernels follow one another within microseconds; where cores are shared, the one that is awaited needs this one.
+static void stand_by(int spin) {
+  if (spin >= QUIET_SPINS) sched_yield();
+}
+
 static unsigned next_round(gammac_pool* pool, unsigned seen) {
   for (int i = 0; i < SPINS; ++i) {
     const unsigned round = atomic_load(&pool->round);
     if (round != seen) return round;
+    stand_by(i);
   }
   pthread_mutex_lock(&pool->mutex);
   while (atomic_load(&pool->round) == seen) pthread_cond_wait(&pool->wake, &pool->mutex);
@@ -83,6 +90,7 @@ static void start_round(gammac_pool* pool) {
 static void await_round(gammac_pool* pool) {
   for (int i = 0; i < SPINS; ++i) {
     if (atomic_load(&pool->running) == 0) return;
+    stand_by(i);
   }
   pthread_mutex_lock(&pool->mutex);
   while (atomic_load(&pool->running) != 0) pthread_cond_wait(&pool->done, &pool->mutex);

@@ -1,7 +1,7 @@
 """A Relax function of the emitter as a list of kernel calls, each tensor at its place in memory.
 
 What a call writes lies in an arena: places are planned by who reads them last, for the most rows that a call
-may have, so that nothing is allocated while the model runs.
+may have.
 """
 
 from collections.abc import Iterator, Sequence
