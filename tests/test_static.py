@@ -16,7 +16,7 @@ from gammac.backends import backend_of
 from gammac.diagnostics import CompileError
 from gammac.passes.legalize_tvm import LegalizeTvm
 from gammac.pipeline import Context
-from gammac.runtime.program_session import ProgramSession
+from gammac.runtime.program_session import NotEmulated, ProgramSession
 from gammac.targets.target import load_target
 from gammac.weights import WeightStore
 
@@ -175,6 +175,17 @@ def test_a_core_without_the_instructions_is_told(build: Build, tmp_path: Path) -
     session._command = command
     with pytest.raises(CompileError, match="this processor lacks instructions"):
         session.greedy(PROMPT, 1)
+
+
+def test_another_processor_of_this_machine_is_not_tried(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = build(HERE)
+    if not isa_of(HERE).cpu_flags:
+        pytest.skip("the kernels for this machine run on all of its processors")
+    monkeypatch.setattr("gammac.runtime.tvm_session.host_flags", lambda: frozenset({"none"}))
+    with pytest.raises(NotEmulated, match="this processor lacks"):
+        StaticSession(folder, tmp_path)
 
 
 def test_a_prefill_that_differs_from_decode_is_noticed(

@@ -10,6 +10,7 @@ import numpy as np
 from gammac.diagnostics import CompileError
 from gammac.runtime.program_session import LIBRARIES, NotEmulated, ProgramSession, emulation, place_of
 from gammac.runtime.session import Logits
+from gammac.runtime.tvm_session import lacking
 from gammac.targets.tvm.description import parse_description
 from gammac.targets.tvm.names import DESCRIPTION_NAME, EXAMPLE_NAME, PARAMS_NAME, STATIC_NAME
 from gammac.targets.tvm.toolchain import demand_linker
@@ -28,6 +29,9 @@ class StaticSession(ProgramSession):
     def __init__(self, folder: Path, work: Path, threads: int = THREADS) -> None:
         about = parse_description((folder / DESCRIPTION_NAME).read_text(encoding="utf-8"))
         here = about.arch == platform.machine()
+        lacks = lacking(about.isa, about.arch, about.cpu_flags) if here else ""
+        if lacks:
+            raise NotEmulated(lacks)
         emulator = [] if here else emulation(about.arch, about.code.get("cpu", ""))
         program = work / "example"
         _link(folder, about.arch, program, static=bool(emulator) and LIBRARIES not in emulator)

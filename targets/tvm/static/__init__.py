@@ -40,7 +40,7 @@ def demand_static(machine: str) -> None:
     """Raise CompileError, naming what to install, unless a static library can be made for a machine: the part
     that is the same for all models is made."""
     with tempfile.TemporaryDirectory() as folder:
-        _archive(machine, Path(folder), RUNTIME[:2], Path(folder) / STATIC_NAME)
+        _archive(machine, Path(folder), RUNTIME[:2])
 
 
 def build_static(
@@ -61,11 +61,9 @@ def build_static(
     source = model_source(plans, chunk, isa.cpu_flags, file, caches)
     (work / "model.c").write_text(source, encoding="ascii")
     (work / HEADER_NAME).write_text(_header(description, isa, name), encoding="utf-8")
-    made = [params.parent / file_name for file_name in STATIC_FILES]
-    _archive(isa.machine, work, (*RUNTIME, "model.c"), made[0])
-    shutil.copy(work / HEADER_NAME, made[1])
-    made[2].write_bytes(_shipped(EXAMPLE_NAME))
-    return made
+    (work / EXAMPLE_NAME).write_bytes(_shipped(EXAMPLE_NAME))
+    _archive(isa.machine, work, (*RUNTIME, "model.c"))
+    return [Path(shutil.copy(work / made, params.parent)) for made in STATIC_FILES]
 
 
 def fingerprint(path: Path) -> int:
@@ -90,19 +88,18 @@ def _shipped(name: str) -> bytes:
     return resources.files("gammac.targets.tvm.static").joinpath(name).read_bytes()
 
 
-def _archive(machine: str, work: Path, sources: Sequence[str], made: Path) -> None:
-    """Compile sources in `work`, by bare names so that objects hold no path, and archive all objects there as
-    one, without TVM's debug information."""
+def _archive(machine: str, work: Path, sources: Sequence[str]) -> None:
+    """Compile sources in `work`, by bare names so that objects hold no path, and make STATIC_NAME of all
+    objects there, as one, without TVM's debug information."""
     compiler, archiver = demand_linker(machine), demand_archiver(machine)
     for name in (*RUNTIME, "tables.h"):
         (work / name).write_bytes(_shipped(name))
     _run([*compiler, *FLAGS, "-c", f"-I{_headers()}", *sources], work)
     objects = sorted(path.name for path in work.glob("*.o"))
     _run([*compiler, *JOIN, "-o", OBJECT, *objects], work)
-    made.unlink(missing_ok=True)  # an archive keeps what it has
     # D: no times and no users
-    _run([*archiver, "rcsD", str(made), OBJECT], work)
-    if made.read_bytes()[len(MAGIC) : len(MAGIC) + 1] != b"/":
+    _run([*archiver, "rcsD", STATIC_NAME, OBJECT], work)
+    if (work / STATIC_NAME).read_bytes()[len(MAGIC) : len(MAGIC) + 1] != b"/":
         raise CompileError(
             f"{archiver[0]} finds no symbols in objects for {machine}",
             hint="set AR to the archiver of a cross compiler, or unset it",
