@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from families import captured
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx_models import Shape, decoder, quantized
@@ -93,6 +94,16 @@ def test_every_machine_gives_the_hosts_numbers(build: Build, tmp_path: Path, tar
     tokens = np.array([PROMPT + expected[:5]])
     near = host.logits(tokens)
     assert np.abs(session.logits(tokens) - near).max() < 1e-3 * near.std()
+
+
+def test_kernels_of_another_family_are_called_in_order(tmp_path: Path) -> None:
+    """GPT-2's positions, layer norms, biases and float products."""
+    c, target = captured("gpt2"), load_target(HERE)
+    module = LegalizeTvm(CHUNK).run(c.module, Context(target, c.store))
+    emit(module, c.store, tmp_path, isa_of(target), "float", static_library=True)
+    tokens = np.array([[*PROMPT, 1, 2, 40]])
+    near = TvmSession(tmp_path, 1).logits(tokens)
+    assert np.abs(StaticSession(tmp_path, tmp_path).logits(tokens) - near).max() < 1e-4 * near.std()
 
 
 @pytest.mark.parametrize("threads", [1, 3])
