@@ -116,6 +116,7 @@ class TvmBackend:
     activations: str
     every_width: bool = True
     tools: tuple[str, ...] = TVM_TOOLS
+    static_library: bool = False
 
     @property
     def elsewhere(self) -> str:
@@ -134,7 +135,7 @@ class TvmBackend:
         from gammac.targets.tvm.kernels.isa import host_isa
 
         try:
-            return replace(self, isa=host_isa())
+            return replace(self, isa=host_isa(), static_library=False)
         except CompileError:
             return None
 
@@ -146,7 +147,7 @@ class TvmBackend:
         """See `gammac.targets.tvm.emit`."""
         from gammac.targets.tvm.emit import emit
 
-        return emit(module, store, folder, self.isa, self.activations)
+        return emit(module, store, folder, self.isa, self.activations, static_library=self.static_library)
 
     def emulate(self, module: Module, store: WeightStore, folder: Path, scratch: Path) -> Path | None:
         """Another processor's code says nothing here."""
@@ -203,12 +204,20 @@ def _demand_kernels(module: Module, ctx: Context) -> None:
     refuse_unknown(raised(first.run(module, ctx)))
 
 
-def backend_of(target: Target, cache: Path, *, portable: bool = False, product_inputs: str = "") -> Backend:
+def backend_of(
+    target: Target, cache: Path, *, portable: bool = False, product_inputs: str = "",
+    static_library: bool = False,
+) -> Backend:  # fmt: skip
     """The backend of a target's emitter. Raises CompileError where something that it needs is missing."""
+    if static_library and (target.emitter != "tvm" or target.archs):
+        raise CompileError(
+            "a static library holds kernels that TVM compiles for a processor",
+            hint="leave --static-library out" if target.archs else "--backend tvm writes one",
+        )
     if product_inputs not in ("", *ACTIVATIONS):
         raise CompileError(f"product inputs are {' or '.join(ACTIVATIONS)}, not {product_inputs!r}")
     if target.emitter == "tvm":
-        return _tvm(target, portable, product_inputs)
+        return _tvm(target, portable, product_inputs, static_library)
     return _onnx(target, cache, portable, product_inputs)
 
 
@@ -225,7 +234,7 @@ def _onnx(target: Target, cache: Path, portable: bool, product_inputs: str) -> O
     return OnnxBackend(target, not portable and find_compiler() is not None, cache)
 
 
-def _tvm(target: Target, portable: bool, product_inputs: str) -> Backend:
+def _tvm(target: Target, portable: bool, product_inputs: str, static_library: bool) -> Backend:
     missing = [name for name in ("tvm", "tvm_ffi") if importlib.util.find_spec(name) is None]
     if missing:
         raise CompileError("the TVM backend needs TVM", hint=INSTALL)
@@ -240,12 +249,15 @@ def _tvm(target: Target, portable: bool, product_inputs: str) -> Backend:
         return _cuda(target, product_inputs)
     from gammac.targets.tvm.build import demand_core
     from gammac.targets.tvm.kernels.isa import isa_of
+    from gammac.targets.tvm.static import demand_static
     from gammac.targets.tvm.toolchain import demand_linker
 
     isa = isa_of(target)
     demand_linker(isa.machine)
     demand_core(isa)
-    return TvmBackend(target, isa, product_inputs or INT8)
+    if static_library:
+        demand_static(isa.machine)
+    return TvmBackend(target, isa, product_inputs or INT8, static_library=static_library)
 
 
 def _cuda(target: Target, product_inputs: str) -> CudaBackend:

@@ -79,6 +79,7 @@ class Request:
     backend: str = ""
     context: int = 0
     product_inputs: str = ""  # int8 or float; the backend's choice if neither
+    static_library: bool = False  # beside model.so, for programs in C
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,10 @@ def make_plan(request: Request, cache: Path | None = None, *, artifact: bool = T
     target = load_target(request.target, request.backend or None)
     budgets = parse_budgets(request.budget)
     folder = cache or default_cache()
-    backend = backend_of(target, folder, portable=request.portable, product_inputs=request.product_inputs)
+    backend = backend_of(
+        target, folder, portable=request.portable, product_inputs=request.product_inputs,
+        static_library=request.static_library,
+    )  # fmt: skip
     check_target(target, request.choices, compiler=backend.every_width, artifact=artifact)
     default_pipeline(request.choices, target.emitter, compiler=backend.every_width)
     check_objective(request.choices.objective, budgets)

@@ -20,6 +20,7 @@ from gammac.targets.cost import Cost
 from gammac.targets.energy import decode_joules
 from gammac.targets.target import Target
 from gammac.targets.tvm.cuda.report import KernelReport
+from gammac.targets.tvm.names import EXAMPLE_NAME, STATIC_NAME
 
 
 def weights(title: str, rows: Sequence[Row]) -> Table:
@@ -79,9 +80,16 @@ def closing_lines(compiled: Compiled) -> Iterator[str]:
         yield f"checked on {check.tokens} tokens: cosine {check.cosine:.4f} to the original"
     yield from (f"note: {note}" for note in compiled.notes)
     yield f"took {compiled.seconds:.0f} s, at most {peak_rss_bytes() / 1e9:.2f} GB of memory"
-    verb = "run" if manifest.kind == "decoder" else "inspect"
+    yield _next_line(compiled)
+
+
+def _next_line(compiled: Compiled) -> str:
+    if compiled.elsewhere and STATIC_NAME in compiled.manifest.files:
+        build = f"cc {EXAMPLE_NAME} {STATIC_NAME} -lm -pthread"
+        return f"next, in {compiled.folder}, with a compiler for the device: {build}"
+    verb = "run" if compiled.manifest.kind == "decoder" else "inspect"
     where = ", on the device" if compiled.elsewhere else ""
-    yield f"next{where}: gammac {verb} {compiled.folder}" + (" --prompt …" if verb == "run" else "")
+    return f"next{where}: gammac {verb} {compiled.folder}" + (" --prompt …" if verb == "run" else "")
 
 
 def _predicted_loss(module: Module) -> str:

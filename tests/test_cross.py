@@ -35,7 +35,7 @@ from kernel_inputs import (  # noqa: E402
     random_weight,
 )
 
-from gammac.runtime import emulated as emulation  # noqa: E402
+from gammac.runtime import program_session  # noqa: E402
 from gammac.targets.tvm import toolchain  # noqa: E402
 from gammac.targets.tvm.build import demand_core  # noqa: E402
 from gammac.targets.tvm.kernels import (  # noqa: E402
@@ -278,7 +278,7 @@ def test_what_can_not_be_run_is_said_and_its_module_is_checked_here(
     assert found.check is not None and 0 < found.check.against_module.kl < 1e-3
     assert found.note.startswith("the artifact was not run: the artifact is for riscv64")
     assert "TVM has no runtime for riscv64" in found.note and "compiled for this machine" in found.note
-    monkeypatch.setattr(emulation, "find_emulator", lambda machine: None)
+    monkeypatch.setattr(program_session, "find_emulator", lambda machine: None)
     monkeypatch.setattr(TvmBackend, "stand_in", lambda self: None)
     found = closing_check(backend, original, module, ctx, tmp_path, manifest, tmp_path)
     assert found.check is None and "no emulator of riscv64 is here" in found.note

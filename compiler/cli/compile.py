@@ -91,6 +91,11 @@ class StrategyOption(click.Option):
     type=click.Choice(["int8", "float"]),
     help="tvm: what products with quantized weights take (default: int8).",
 )
+@click.option(
+    "--static-library",
+    is_flag=True,
+    help="tvm: write libmodel.a and gammac_model.h as well, for C programs that need nothing of TVM.",
+)
 @limit_options
 @shared_options
 @click.option(

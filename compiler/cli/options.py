@@ -116,7 +116,9 @@ OPTIONS: Final = (
 
 
 # fields of a request that only some commands let choose, and what stands for no choice
-OPTIONAL: Final[Mapping[str, Any]] = {"backend": "", "context": 0, "product_inputs": ""}
+OPTIONAL: Final[Mapping[str, Any]] = {
+    "backend": "", "context": 0, "product_inputs": "", "static_library": False,
+}  # fmt: skip
 
 
 def shared_options(command: Command) -> Command:

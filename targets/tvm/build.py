@@ -1,5 +1,6 @@
 """A Relax module to a shared library: TVM's passes, LLVM, and a linker for the target's machine."""
 
+import shutil
 import subprocess
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -13,6 +14,8 @@ from gammac.targets.tvm.toolchain import demand_linker
 
 # no identifier and no symbols of use to nobody: equal modules are equal files
 LINK_FLAGS: Final = ("-shared", "-fPIC", "-Wl,--build-id=none", "-s")
+
+BYTECODE: Final = "devc.o"  # TVM's name for what its virtual machine reads
 
 
 def demand_core(isa: Isa) -> None:
@@ -42,15 +45,18 @@ def core_features(isa: Isa) -> frozenset[str]:
     return frozenset(str(name) for name in codegen.llvm_get_cpu_features(Target(isa.llvm_target())))
 
 
-def build_library(module: Any, isa: Isa, path: Path) -> None:
+def build_library(module: Any, isa: Isa, path: Path, kept: Path | None = None) -> None:
     """Compile a Relax module for an instruction set into a shared library at `path`.
 
+    Object files of the kernels stay in the folder `kept`, if there is one.
     Raises CompileError with the linker's words when it fails.
     """
-    build_for(isa.llvm_target(), module, isa.machine, path)
+    build_for(isa.llvm_target(), module, isa.machine, path, kept)
 
 
-def build_for(target: dict[str, Any], module: Any, machine: str, path: Path) -> None:
+def build_for(
+    target: dict[str, Any], module: Any, machine: str, path: Path, kept: Path | None = None
+) -> None:
     """As `build_library`, for a target as TVM spells it and a linker of `machine`."""
     import tvm  # type: ignore[import-untyped]
     from tvm import relax
@@ -62,7 +68,7 @@ def build_for(target: dict[str, Any], module: Any, machine: str, path: Path) -> 
     # what generates device code asks for the target that it is within
     with lowering(), built_for:
         executable = relax.build(module, target=built_for, relax_pipeline=_pipeline(tvm, relax))
-    executable.export_library(str(path), fcompile=partial(_link, machine))
+    executable.export_library(str(path), fcompile=partial(_link, machine, kept))
 
 
 def _pipeline(tvm: Any, relax: Any) -> Any:
@@ -87,8 +93,11 @@ def _sizes_in_order(tvm: Any, module: Any) -> Any:
     return module
 
 
-def _link(machine: str, output: str, objects: Sequence[str], **_: Any) -> None:
+def _link(machine: str, kept: Path | None, output: str, objects: Sequence[str], **_: Any) -> None:
     command = [*demand_linker(machine), *LINK_FLAGS, "-o", output, *objects]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise CompileError(f"{command[0]} does not link the model:\n{done.stderr}", hint="set CC to another")
+    if kept is not None:
+        for kernels in (path for path in objects if Path(path).name != BYTECODE):
+            shutil.copy(kernels, kept)

@@ -3,6 +3,7 @@
 Weights are loaded, packed and written one at a time. The same module gives the same bytes.
 """
 
+import tempfile
 from collections import Counter
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -22,6 +23,7 @@ from gammac.targets.tvm.names import FLOAT, INT8, MODEL_FILES
 from gammac.targets.tvm.nodes import INTEGER, Tensor, whole
 from gammac.targets.tvm.params import ParamFile, Places
 from gammac.targets.tvm.program import FunctionWriter, Program
+from gammac.targets.tvm.static import build_static
 from gammac.targets.tvm.tir.attention import BLOCK
 from gammac.targets.tvm.toolchain import demand_linker
 from gammac.weights import WeightStore
@@ -30,8 +32,12 @@ IDS: Final = "input_ids"
 POSITIONS: Final = "position_ids"
 
 
-def emit(module: Module, store: WeightStore, folder: Path, isa: Isa, activations: str) -> list[Path]:
-    """The files of the artifact's model, in `folder`.
+def emit(
+    module: Module, store: WeightStore, folder: Path, isa: Isa, activations: str, *,
+    static_library: bool = False,
+) -> list[Path]:  # fmt: skip
+    """The files of the artifact's model, in `folder`; if wished a static library, too, with a header and an
+    example.
 
     `activations` is `int8` (products with packed weights round them to 8 bits) or `float`.
     Raises CompileError for an op that has no kernel, and where there is no linker.
@@ -41,12 +47,16 @@ def emit(module: Module, store: WeightStore, folder: Path, isa: Isa, activations
     paths = [folder / name for name in MODEL_FILES]
     with ParamFile(paths[1]) as data:
         written = write_program(module, store, data, CpuDevice(isa, activations == INT8))
-    build_library(written.module, isa, paths[0])
     described = replace(
         written.description, isa=isa.name, cpu_flags=isa.cpu_flags, arch=isa.machine,
         activations=activations, code=isa.code,
     )  # fmt: skip
     paths[2].write_text(described.to_json(), encoding="utf-8")
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(scratch)
+        build_library(written.module, isa, paths[0], work if static_library else None)
+        if static_library:
+            paths += build_static(written.module, described, isa, paths[1], work, module.name)
     return paths
 
 

@@ -26,11 +26,13 @@ _ELF_MACHINE: Final = 18  # where a file's header says what it is for
 
 @dataclass(frozen=True)
 class Machine:
-    """`triple` stands in the names of its compilers; `elf` is e_machine of its files; `qemu` runs them."""
+    """`triple` stands in the names of its compilers; `elf` is e_machine of its files; `qemu` runs them, on
+    `any_core` where it doesn't know a target's."""
 
     triple: str
     elf: int
     qemu: str
+    any_core: str = "max"
 
     @property
     def package(self) -> str:
@@ -42,7 +44,9 @@ class Machine:
 MACHINES: Final = {
     "x86_64": Machine("x86_64-linux-gnu", 62, "qemu-x86_64"),
     "aarch64": Machine("aarch64-linux-gnu", 183, "qemu-aarch64"),
-    "riscv64": Machine("riscv64-linux-gnu", 243, "qemu-riscv64"),
+    "riscv64": Machine(
+        "riscv64-linux-gnu", 243, "qemu-riscv64", "rv64,v=true,vlen=256,elen=64,vext_spec=v1.0"
+    ),
     "armv7l": Machine("arm-linux-gnueabihf", 40, "qemu-arm"),
 }
 
@@ -108,6 +112,25 @@ def demand_linker(machine: str = "", language: str = C) -> list[str]:
     raise CompileError(
         f"nothing here links for {machine}: {there} that works",
         hint=f"{package} or `pip install ziglang`, or set {variable} to a cross compiler",
+    )
+
+
+def demand_archiver(machine: str) -> list[str]:
+    """The command that makes static libraries for a machine: $AR, the one of its compiler, LLVM's or zig's.
+
+    Raises CompileError without one, naming what to install.
+    """
+    native = machine == platform.machine()
+    usual = "ar" if native else f"{MACHINES[machine].triple}-ar"
+    found = next(filter(None, map(shutil.which, (os.environ.get("AR", ""), usual, "llvm-ar"))), None)
+    if found is not None:
+        return [found]
+    if importlib.util.find_spec("ziglang") is not None:
+        return [sys.executable, "-m", "ziglang", "ar"]
+    package = "binutils" if native else f"binutils-{MACHINES[machine].triple.replace('_', '-')}"
+    raise CompileError(
+        f"nothing here makes a static library for {machine}: there is no {usual}",
+        hint=f"`apt-get install {package}` or `pip install ziglang`, or set AR",
     )
 
 

@@ -103,7 +103,7 @@ ISAS: Final[Mapping[str, Isa]] = {
         Isa(
             "armv7", "armv7l", ("neon", "vfpv4"),
             {
-                "mtriple": "armv7-linux-gnueabihf", "mcpu": "cortex-a7", "mattr": ("+neon", "+vfp4"),
+                "mtriple": "armv7-unknown-linux-gnueabihf", "mcpu": "cortex-a7", "mattr": ("+neon", "+vfp4"),
                 "mfloat-abi": "hard",
             },
             vector_bits=128, leaf="words", tile=(1, 1), float_tile=(1, 2), scale_dtype="float32",
