@@ -7,6 +7,7 @@ or megabytes at the peak) becomes the limit. Of bits-only allocations the widest
 Both are tried on TEST: KL to full precision in nats a token, perplexity. One scoring run serves all rows.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import click
 from scoring import Scoring
 
 from gammac.cli.console import OUT
+from gammac.formats import parse_format
 from gammac.ir import Module
 from gammac.runtime.evaluate import WINDOW, windows_for
 from gammac.sweep import try_all
@@ -109,11 +111,18 @@ def main(
     tokens = windows_for(text, scoring.plan.source.tokenizer, windows, WINDOW)
     trials = try_all(allocator.scored, scoring.ctx, tokens, [row.assignment for row in rows])
     OUT.print(f"{model} on {scoring.plan.target.name}, {scoring.plan.target.emitter}, {windows} windows\n")
-    OUT.print("| limit | by | payload bits | predicted | KL | perplexity |\n|---|---|---|---|---|---|")
+    OUT.print("| limit | by | payload bits | predicted | KL | perplexity | weights by bits |")
+    OUT.print("|---" * 7 + "|")
     for row, trial in zip(rows, trials, strict=True):
         limit, value = (f"{x:.3f} {row.measure.unit}" for x in (row.limit, row.value))
-        found = f"{trial.kl:.4f} | {trial.ppl:.3f}"
+        found = f"{trial.kl:.4f} | {trial.ppl:.3f} | {_widths(row.assignment)}"
         OUT.print(f"| {limit} | {row.how} | {row.bits:.3f} | {value} | {found} |", highlight=False)
+
+
+def _widths(assignment: Assignment) -> str:
+    """How many weights have how many bits."""
+    counts = Counter(parse_format(name).bits for name in assignment.values())
+    return ", ".join(f"{bits:g}: {counts[bits]}" for bits in sorted(counts))
 
 
 if __name__ == "__main__":
