@@ -22,6 +22,7 @@ from gammac.ir import Module
 from gammac.runtime.evaluate import WINDOW, windows_for
 from gammac.sweep import try_all
 from gammac.targets.cost import CONTEXT, Cost, module_cost
+from gammac.targets.target import BLOCK
 from gammac.trials import Assignment
 
 FORMATS: Final = "w2g64+w3g64+w4g64+w5g64+w6g64+w8g64"
@@ -115,13 +116,14 @@ def main(
     OUT.print("|---" * 7 + "|")
     for row, trial in zip(rows, trials, strict=True):
         limit, value = (f"{x:.3f} {row.measure.unit}" for x in (row.limit, row.value))
-        found = f"{trial.kl:.4f} | {trial.ppl:.3f} | {_widths(row.assignment)}"
+        found = f"{trial.kl:.4f} | {trial.ppl:.3f} | {_widths(allocator.scored, row.assignment)}"
         OUT.print(f"| {limit} | {row.how} | {row.bits:.3f} | {value} | {found} |", highlight=False)
 
 
-def _widths(assignment: Assignment) -> str:
-    """How many weights have how many bits."""
-    counts = Counter(parse_format(name).bits for name in assignment.values())
+def _widths(module: Module, assignment: Assignment) -> str:
+    """How many of the blocks' weights have how many bits."""
+    blocks = [n for n in assignment if module.weights[n].attrs["role"] == BLOCK]
+    counts = Counter(parse_format(assignment[n]).bits for n in blocks)
     return ", ".join(f"{bits:g}: {counts[bits]}" for bits in sorted(counts))
 
 

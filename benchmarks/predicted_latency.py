@@ -62,7 +62,7 @@ def _row(compiled: Compiled, threads: int) -> list[tuple[float, float]]:
     found = [
         (1e3 * timed.decode, 1e3 * cost.decode_seconds),
         (1e3 * timed.prefill, 1e3 * cost.prefill_seconds),
-        (1e-6 * timed.bytes, 1e-6 * cost.peak_bytes),
+        (1e-6 * timed.added_bytes, 1e-6 * cost.peak_bytes),
     ]
     pairs = " | ".join(f"{measured:.3f} | {predicted:.3f}" for measured, predicted in found)
     OUT.print(f"| {cost.payload_bits:.2f} | {pairs} |", highlight=False)

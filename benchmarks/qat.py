@@ -31,6 +31,7 @@ from gammac.passes.training.labelled import LabelledData
 from gammac.passes.training.options import DsaQatOptions
 from gammac.passes.training.tasks import TaskLoss, next_token, sequence_class
 from gammac.passes.training.trainer import Data, Row, Schedule, Trainer
+from gammac.targets.target import BLOCK
 from gammac.training import NEXT_TOKEN, TASKS, Training, TrainRequest, make_training
 
 LOOKS: Final = 10  # of the controller, at least
@@ -127,7 +128,8 @@ class Bench:
     def grams(self, weights: Weights) -> dict[str, Tensor]:
         """Of what each block linear reads, on text that was trained on."""
         batches = gram_batches(self.training.used, self.schedule)
-        return gram_matrices(self.graph, weights.__getitem__, batches)
+        names = [n for n, w in self.module.weights.items() if w.attrs.get("role") == BLOCK]
+        return gram_matrices(self.graph, weights.__getitem__, batches, names)
 
     def rounded(self, weights: Weights, grams: Weights, quantizer: str, bits: float) -> dict[str, Tensor]:
         """Block linears in one width by a quantizer, tables by RTN in eight bits, as training has them."""
@@ -135,7 +137,7 @@ class Bench:
         for name, weight in self.module.weights.items():
             if "role" not in weight.attrs:
                 continue
-            block = weight.attrs["role"] == "block"
+            block = weight.attrs["role"] == BLOCK
             format_ = parse_format(f"w{bits:g}g64" if block else DsaQatOptions().table)
             found[name] = _quantized(
                 quantizer if block else "rtn", weights[name], grams.get(name), format_

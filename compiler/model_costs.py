@@ -9,10 +9,7 @@ out at what was measured, the others given:
 - the runtime's own bytes from the process's memory.
 """
 
-import json
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -23,6 +20,7 @@ from typing import Final
 from gammac.driver import Request, compile_model, make_plan
 from gammac.ir import Module
 from gammac.passes import Choices
+from gammac.runtime.bench import load_in_process
 from gammac.runtime.runners import SessionRunner
 from gammac.runtime.session import open_session
 from gammac.target_rows import table_of, with_figure
@@ -31,31 +29,21 @@ from gammac.targets.target import Target
 
 NEW, ROUNDS = 64, 5  # tokens that are timed, and how often
 SHARE: Final = 4  # of the context: the shorter of two prefills
-SLOWEST: Final = 1e3  # times: rates that a noisy machine makes absurd stay as they were
+ABSURD: Final = 1e3  # times as fast or as slow: a noisy machine says so, and the rate stays as it was
 ENDLESS: Final = 1e12  # a rate that costs nothing
-MEMORY: Final = """
-import sys
-from pathlib import Path
-from gammac.runtime.probe import peak_rss_bytes
-from gammac.runtime.runners import SessionRunner
-from gammac.runtime.session import open_session
-before = peak_rss_bytes()
-runner = SessionRunner(open_session(Path(sys.argv[1]), int(sys.argv[2]), verify=False))
-runner.prefill_seconds(int(sys.argv[3]))
-print(peak_rss_bytes() - before)
-"""
 
 
 @dataclass(frozen=True)
 class Timed:
-    """Seconds of a token behind `context` others and behind none, of prefills; bytes that a prefill adds."""
+    """Seconds of a token behind `context` others and behind none, of a prefill of `context` tokens and of one
+    SHARE times shorter; bytes that opening the artifact and that prefill add to a process."""
 
     context: int
     decode: float
     decode_empty: float
     prefill: float
     prefill_short: float
-    bytes: int
+    added_bytes: int
 
 
 def time_model(folder: Path, threads: int, context: int = cost.CONTEXT) -> Timed:
@@ -71,7 +59,7 @@ def time_model(folder: Path, threads: int, context: int = cost.CONTEXT) -> Timed
         return median(runner.prefill_seconds(tokens) for _ in range(ROUNDS))
 
     times = decode(context - NEW // 2), decode(1), prefill(context), prefill(context // SHARE)
-    return Timed(context, *times, added_bytes(folder, threads, context))
+    return Timed(context, *times, load_in_process(folder, threads, "gammac", context).added_bytes)
 
 
 def read_anew(folder: Path) -> None:
@@ -82,13 +70,6 @@ def read_anew(folder: Path) -> None:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def added_bytes(folder: Path, threads: int, tokens: int) -> int:
-    """Resident bytes that opening an artifact and a prefill add, at most, to a process of their own."""
-    command = [sys.executable, "-c", MEMORY, str(folder), str(threads), str(tokens)]
-    done = subprocess.run(command, env=os.environ, capture_output=True, text=True, check=True)
-    return int(json.loads(done.stdout))
 
 
 def with_model_costs(text: str, where: Path, model: str, cache: Path | None) -> str:
@@ -142,11 +123,12 @@ def fitted(module: Module, target: Target, timed: Timed) -> Mapping[str, Mapping
     held = cost.peak_bytes(module, replace(target, runtime_bytes=0), tokens=timed.context)
     return {
         "": {"attention_gbps": gbps, "attention_gflops": gflops,
-             "runtime_bytes": max(0, timed.bytes - held)},
+             "runtime_bytes": max(0, timed.added_bytes - held)},
         "overhead_us": {"default": call},
     }  # fmt: skip
 
 
 def _rate(now: float, predicted: float, measured: float) -> float:
-    faster = predicted / measured if measured > 0 else SLOWEST
-    return now * faster if 1 / SLOWEST < faster < SLOWEST else now
+    """The rate at which what was predicted takes as long as was measured."""
+    faster = predicted / measured if measured > 0 else ABSURD
+    return now * faster if 1 / ABSURD < faster < ABSURD else now

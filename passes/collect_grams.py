@@ -57,6 +57,10 @@ class GramSums:
 
     def visit(self, segment: Segment, weights: SegmentWeights, op: Op, tensors: list[Tensor]) -> None:
         """Add one batch of one linear's input."""
+        self.add(op, tensors)
+
+    def add(self, op: Op, tensors: list[Tensor]) -> None:
+        """The same, of an op with its operands; other ops than linears with a role add nothing."""
         ref, value = op.weight(), op.operands[0]
         if (
             not isinstance(ref, WeightRef)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from gammac import calibrate
+from gammac import calibrate, model_costs
 from gammac.cli import main
 from gammac.diagnostics import CompileError
 from gammac.formats import parse_format
@@ -22,6 +22,7 @@ pytest.importorskip("tvm", reason="needs the extra tvm")
 
 from gammac.targets.tvm.analysis import count_cycles, find_mca, hot_loop
 from gammac.targets.tvm.kernels import isa_of
+from gammac.targets.tvm.toolchain import find_linker
 
 Run = Callable[..., Result]
 MCA = any(shutil.which(name) for name in ("llvm-mca", *(f"llvm-mca-{n}" for n in range(14, 30))))
@@ -83,7 +84,7 @@ def test_a_models_times_and_memory_come_out(name: str) -> None:
     assert found.attention_gflops == pytest.approx(7.0, rel=0.01)
     assert found.overhead_us == true.overhead_us
     assert cost.module_cost(module, found).decode_seconds == pytest.approx(timed.decode, rel=0.01)
-    assert cost.module_cost(module, found).peak_bytes == timed.bytes
+    assert cost.module_cost(module, found).peak_bytes == timed.added_bytes
     slow = timed_on(replace(true, overhead_us={"default": 90.0}), module)
     calls = fitted(module, replace(base, overhead_us={"default": 2.0}), slow)["overhead_us"]
     assert calls["default"] == pytest.approx(90.0)
@@ -92,6 +93,28 @@ def test_a_models_times_and_memory_come_out(name: str) -> None:
     assert (odd[""]["attention_gbps"], odd[""]["attention_gflops"]) == (
         base.attention_gbps, base.attention_gflops,
     )  # fmt: skip
+
+
+def test_a_model_is_timed_and_fitted(gammac: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if find_linker() is None:
+        pytest.skip("nothing links a shared library")
+    monkeypatch.setattr(calibrate, "read_bandwidth", lambda threads: 5e9 * threads)
+    seen: list[Timed] = []
+    timing = model_costs.time_model
+    monkeypatch.setattr(model_costs, "time_model", lambda *a: (seen.append(timing(*a)), seen[-1])[1])
+    out = tmp_path / "mine.toml"
+    wanted = ["--quick", "--threads", 1, "--formats", "w4g64", "--shapes", "64x64,256x128"]
+    said = gammac(
+        "targets", "calibrate", "cpu-x86", "-o", out, *wanted, "--model", "tiny", "--cache", tmp_path
+    )
+    assert said.exit_code == 0, said.output
+    (timed,) = seen
+    assert timed.context == cost.CONTEXT and timed.decode > 0 and timed.prefill > timed.prefill_short > 0
+    mine = load_target(str(out), "tvm")
+    assert 0 < mine.runtime_bytes < timed.added_bytes < 1 << 30
+    assert (
+        mine.measured and mine.overhead_us["default"] != load_target("cpu-x86", "tvm").overhead_us["default"]
+    )
 
 
 ROWS = """

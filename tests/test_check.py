@@ -46,4 +46,4 @@ def test_another_model_s_artifact_is_refused(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(check_module, "BROKEN_KL", 0.0)
     with pytest.raises(CompileError) as found:
         check_artifact(*arguments, tmp_path / "other", manifest)
-    assert "--product-inputs float" in found.value.diagnostics[0].hint
+    assert "a larger budget helps" in found.value.diagnostics[0].hint

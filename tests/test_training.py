@@ -273,8 +273,8 @@ def test_activations_take_part_and_static_steps_are_kept() -> None:
 def test_training_can_start_from_gptqs_codes() -> None:
     method, schedule = _method(start="gptq", average_bits=3.5), Schedule(4 * 8 * 16, batch=8)
     before = {n: method.latents[n].detach().clone() for n in method.controller.names}
-    grams = gram_matrices(method.graph, (method.fixed | method.latents).__getitem__, _data().parts(8))
-    method.read(_data(), schedule)
+    grams = gram_matrices(method.graph, (method.fixed | method.latents).__getitem__, _data().parts(8), before)
+    method.prepare(_data(), schedule)
     method.begin(_data().batch(0, 8, 0))
     moved = 0
     for name, weight in before.items():

@@ -20,7 +20,7 @@ import numpy as np
 
 from gammac.diagnostics import CompileError
 from gammac.runtime.peers import Contestant
-from gammac.runtime.probe import Load
+from gammac.runtime.probe import PROMPT, Load
 from gammac.runtime.runners import Runner, SessionRunner
 from gammac.runtime.session import ArtifactSession, default_threads, open_session
 
@@ -181,8 +181,11 @@ def size_of(path: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def load_in_process(folder: Path, threads: int, runtime: str) -> Load:
-    """Load a folder in a fresh process. Raises CompileError with the process's last words if it fails."""
+def load_in_process(folder: Path, threads: int, runtime: str, prompt: int = PROMPT) -> Load:
+    """Load a folder in a fresh process, and read a prompt of so many tokens.
+
+    Raises CompileError with the process's last words if it fails.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch) / "load.json"
         command = [
@@ -192,6 +195,7 @@ def load_in_process(folder: Path, threads: int, runtime: str) -> Load:
             str(folder),
             str(threads),
             runtime,
+            str(prompt),
             str(result),
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

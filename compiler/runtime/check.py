@@ -60,7 +60,7 @@ def check_artifact(
     check = Check(compare(artifact, ours, window), compare(artifact, theirs, window))
     near, far = check.against_module.kl, check.against_original.kl
     holds = bool(np.isfinite(near)) and near < MOST_KL + SHARE_OF_KL * far
-    _demand(holds, f"KL {near:.4f} nats", broken=far > BROKEN_KL)
+    _demand(holds, f"KL {near:.4f} nats", _way_out(manifest) if far > BROKEN_KL else "")
     return check
 
 
@@ -77,15 +77,19 @@ def _window(calibration: Calibration | None, vocabulary: int, context: int, toke
     return torch.arange(min(tokens, context))[None] % vocabulary
 
 
-def _demand(holds: bool, found: str, *, broken: bool = False) -> None:
-    if holds:
-        return
-    fault = "a fault of gammac or of the runtime; keep the dumps of --dump-ir and report it"
-    chaos = (
+def _way_out(manifest: Manifest) -> str:
+    """What may help where quantizing has left nothing of a model."""
+    inputs = " or --product-inputs float" if manifest.emitter == TVM else ""
+    return (
         "these formats leave little of the model, which turns the rounding of products' inputs into that "
-        "much: a larger budget, or --product-inputs float; with these it is "
+        f"much: a larger budget{inputs} helps; if not, "
     )
-    raise CompileError(
-        f"the artifact does not compute what its module says: {found} between the two",
-        hint=f"{chaos if broken else 'this is '}{fault}",
-    )
+
+
+def _demand(holds: bool, found: str, way_out: str = "") -> None:
+    if not holds:
+        raise CompileError(
+            f"the artifact does not compute what its module says: {found} between the two",
+            hint=f"{way_out}this is a fault of gammac or of the runtime; keep the dumps of --dump-ir and "
+            "report it",
+        )

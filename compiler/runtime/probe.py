@@ -1,6 +1,6 @@
 """One load in a process of its own: seconds to the first token, peak resident memory.
 
-    python -m gammac.runtime.probe PATH THREADS RUNTIME RESULT.json
+    python -m gammac.runtime.probe PATH THREADS RUNTIME PROMPT RESULT.json
 
 The answer goes to a file. Only what running needs is imported, so that the memory is the runtime's.
 """
@@ -20,10 +20,12 @@ NEW: Final = 8
 
 @dataclass(frozen=True)
 class Load:
-    """Seconds from opening the folder to the first token after a prompt of 32; peak bytes resident."""
+    """Seconds from opening the folder to the first token after a prompt; peak bytes resident, and how many of
+    them came after the runtime's imports."""
 
     first_token_seconds: float
     peak_rss_bytes: int
+    added_bytes: int
 
 
 def peak_rss_bytes() -> int:
@@ -41,18 +43,19 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def measure(path: Path, threads: int, runtime: str) -> Load:
+def measure(path: Path, threads: int, runtime: str, prompt: int = PROMPT) -> Load:
     """Load, read a prompt, write a few tokens; the clock starts behind the import of a peer's package."""
     if runtime in IMPORTS:
         IMPORTS[runtime]()
-    started = time.perf_counter()
+    before, started = peak_rss_bytes(), time.perf_counter()
     runner = RUNTIMES[runtime](path, threads, True)
-    runner.prefill_seconds(PROMPT)
+    runner.prefill_seconds(prompt)
     first_token = time.perf_counter() - started
-    runner.decode_seconds(PROMPT, NEW)
-    return Load(first_token, peak_rss_bytes())
+    runner.decode_seconds(prompt, NEW)
+    peak = peak_rss_bytes()
+    return Load(first_token, peak, peak - before)
 
 
 if __name__ == "__main__":
-    load = measure(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
-    Path(sys.argv[4]).write_text(json.dumps(asdict(load)))
+    load = measure(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
+    Path(sys.argv[5]).write_text(json.dumps(asdict(load)))

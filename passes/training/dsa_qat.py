@@ -137,7 +137,7 @@ class DsaQat:
 
     # ---- the controller -------------------------------------------------------------------------
 
-    def read(self, data: Batches, schedule: Schedule) -> None:
+    def prepare(self, data: Batches, schedule: Schedule) -> None:
         """Keep what Gram matrices are made of."""
         if self.options.start == GPTQ:
             self.calibration = tuple(gram_batches(data, schedule))
@@ -199,7 +199,7 @@ class DsaQat:
     @torch.no_grad()
     def _compensate(self, names: Sequence[str]) -> None:
         """Move latents of integer formats to where they round to GPTQ's codes."""
-        grams = gram_matrices(self.graph, self._latent, self.calibration)
+        grams = gram_matrices(self.graph, self._latent, self.calibration, names)
         for name in names:
             format_ = self.grids[name].format
             if isinstance(format_, IntegerFormat):

@@ -146,7 +146,7 @@ class Lora:
 
     # ---- what a trainer asks besides --------------------------------------------------------------
 
-    def read(self, data: Batches, schedule: Schedule) -> None:
+    def prepare(self, data: Batches, schedule: Schedule) -> None:
         """Nothing to keep."""
 
     def begin(self, batch: Data) -> None:

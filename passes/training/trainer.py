@@ -115,7 +115,7 @@ class Method(Protocol):
         """Leaves that require gradients, in a fixed order."""
         ...
 
-    def read(self, data: Batches, schedule: Schedule) -> None:
+    def prepare(self, data: Batches, schedule: Schedule) -> None:
         """What is going to be trained on, told before anything else."""
         ...
 
@@ -162,7 +162,7 @@ class Trainer:
     def run(self, progress: Progress = no_progress) -> list[Row]:
         """Train to the end, from a checkpoint if there is one; a row a step. Raises CompileError where the
         loss is no number any more."""
-        self.method.read(self.data, self.schedule)
+        self.method.prepare(self.data, self.schedule)
         if not self._resume():
             self.method.begin(self._batch(0))
         for step in progress(range(self.done, self.steps), f"training ({self.method.name})"):

@@ -36,10 +36,11 @@ from gammac.formats import (
     TwoFourFormat,
 )
 from gammac.formats.two_four import KEPT, PATTERN_BITS, PATTERNS
+from gammac.targets.tvm import panels
 from gammac.targets.tvm.kernels.codebook import MIDDLE, levels_of
 from gammac.targets.tvm.kernels.isa import Isa
 
-PANEL: Final = 16
+PANEL: Final = panels.PANEL  # second factors of branches lie in those, and are read beside these
 STEP: Final = 4
 LANES: Final = PANEL * STEP
 ALIGN: Final = 64
