@@ -6,7 +6,8 @@ Prints predicted and measured decode time behind 512 tokens, prefill of 512 toke
 allocation; then for each of the three the mean error, what a constant factor or a constant sum would leave of
 it, and the rank correlation. `--target` should be calibrated on the
 machine that runs this, with as many threads: gammac targets calibrate -o mine.toml --threads 2 --model MODEL.
-Leave the machine alone.
+Leave the machine alone; each artifact is timed in turn with the others, and the median of the rounds counts,
+since a virtual machine has neighbours.
 """
 
 import tempfile
@@ -32,8 +33,11 @@ LEAST, MOST = 2.6, 7.5  # bits; RTN leaves nothing of a model below
 @click.option("--backend", type=click.Choice(["onnx", "tvm"]), default="tvm", show_default=True)
 @click.option("--count", default=20, show_default=True)
 @click.option("--threads", default=1, show_default=True)
+@click.option("--rounds", default=5, show_default=True)
 @click.option("--cache", type=click.Path(path_type=Path))
-def main(model: str, target: str, backend: str, count: int, threads: int, cache: Path | None) -> None:
+def main(
+    model: str, target: str, backend: str, count: int, threads: int, rounds: int, cache: Path | None
+) -> None:
     """Print a row for each allocation, and a line for each of the three."""
     generator = np.random.default_rng(0)
     budgets = [f"{generator.uniform(LEAST, MOST):.2f}" for _ in range(count)]
@@ -51,20 +55,24 @@ def main(model: str, target: str, backend: str, count: int, threads: int, cache:
             made.append(compile_model(own, Path(name) / str(seed)))
         OUT.print("| bits | decode ms | predicted | prefill ms | predicted | memory MB | predicted |")
         OUT.print("|---|---|---|---|---|---|---|")
-        rows = [_row(compiled, threads) for compiled in made]
+        timed = np.array([[_times(compiled, threads) for compiled in made] for _ in range(rounds)])
+        rows = [_row(*one) for one in zip(made, np.median(timed, 0), strict=True)]
     for title, pairs_of in zip(("decode", "prefill", "memory"), zip(*rows, strict=True), strict=True):
         OUT.print(f"{title}: {_summary(np.array(pairs_of))}", highlight=False)
 
 
-def _row(compiled: Compiled, threads: int) -> list[tuple[float, float]]:
-    """Measured and predicted: milliseconds of a token and of a prefill, megabytes."""
-    timed, cost = time_model(compiled.folder, threads), compiled.cost
-    found = [
-        (1e3 * timed.decode, 1e3 * cost.decode_seconds),
-        (1e3 * timed.prefill, 1e3 * cost.prefill_seconds),
-        (1e-6 * timed.added_bytes, 1e-6 * cost.peak_bytes),
-    ]
-    pairs = " | ".join(f"{measured:.3f} | {predicted:.3f}" for measured, predicted in found)
+def _times(compiled: Compiled, threads: int) -> tuple[float, float, float]:
+    """Milliseconds of a token and of a prefill, megabytes."""
+    timed = time_model(compiled.folder, threads)
+    return 1e3 * timed.decode, 1e3 * timed.prefill, 1e-6 * timed.added_bytes
+
+
+def _row(compiled: Compiled, measured: np.ndarray) -> list[tuple[float, float]]:
+    """The same, measured and predicted."""
+    cost = compiled.cost
+    predicted = (1e3 * cost.decode_seconds, 1e3 * cost.prefill_seconds, 1e-6 * cost.peak_bytes)
+    found = list(zip(measured.tolist(), predicted, strict=True))
+    pairs = " | ".join(f"{a:.3f} | {b:.3f}" for a, b in found)
     OUT.print(f"| {cost.payload_bits:.2f} | {pairs} |", highlight=False)
     return found
 

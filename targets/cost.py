@@ -13,10 +13,10 @@ from typing import Final
 import numpy as np
 
 from gammac.diagnostics import CompileError
-from gammac.formats import DualBinaryFormat, Format, IntegerFormat, TwoFourFormat, parse_format
+from gammac.formats import DualBinaryFormat, Format, IntegerFormat, parse_format
 from gammac.ir import Function, Module, Op, TensorType, Value, Weight, WeightRef
 from gammac.ir.types import BYTES, evaluate
-from gammac.targets.padding import any_bits_bytes, ceil_div, packed_bytes, warp_bytes
+from gammac.targets.padding import Packed, any_bits_bytes, ceil_div, packed_bytes, warp_bytes
 from gammac.targets.target import BLOCK, TABLE, Kernel, Target
 
 CONTEXT: Final = 512  # positions in the cache while decoding, and tokens of a prefill
@@ -74,7 +74,7 @@ def stored_bytes(rows: int, columns: int, format_: Format, target: Target, role:
     fitted = format_.fit(columns)
     if isinstance(fitted, DualBinaryFormat) and kernel.op == ANY_BITS:
         return 2 * any_bits_bytes(rows, columns, fitted.plane, fitted.groups(columns), kernel.scale_bytes)
-    if kernel.op == PACKED and isinstance(fitted, IntegerFormat | TwoFourFormat):
+    if kernel.op == PACKED and isinstance(fitted, Packed):
         return packed_bytes(rows, columns, fitted, kernel.scale_bytes)
     if kernel.op == WARP and isinstance(fitted, IntegerFormat):
         return warp_bytes(rows, columns, fitted, kernel.scale_bytes)

@@ -3,9 +3,12 @@
 import math
 from typing import Final
 
-from gammac.formats import IntegerFormat, TwoFourFormat
+from gammac.formats import IntegerFormat, TrellisFormat, TwoFourFormat
+
+Packed = IntegerFormat | TwoFourFormat | TrellisFormat
 
 STRIP_ROWS, CHUNK_COLUMNS = 4, 64  # MatMulAnyBits pads to these
+STEP: Final = 4  # columns of PackedLinear that share lanes
 PANEL_ROWS: Final = 16  # PackedLinear pads rows to this
 # and columns to what fills vectors of each plane that a code is cut into: 3 bits are 2 + 1
 SUPERSTEPS: Final = {1: 32, 2: 16, 3: 32, 4: 8, 5: 32, 6: 16, 7: 32, 8: 4}
@@ -28,9 +31,11 @@ def any_bits_bytes(rows: int, columns: int, format_: IntegerFormat, groups: int,
     return codes + strips * STRIP_ROWS * groups * scale_bytes + zeros
 
 
-def packed_bytes(rows: int, columns: int, format_: IntegerFormat | TwoFourFormat, scale_bytes: int) -> int:
+def packed_bytes(rows: int, columns: int, format_: Packed, scale_bytes: int) -> int:
     """Bytes in PackedLinear: panels of codes, scales and zeros, each rounded up."""
-    if isinstance(format_, TwoFourFormat):
+    if isinstance(format_, TrellisFormat):
+        step = STEP
+    elif isinstance(format_, TwoFourFormat):
         # codes are those of half the inputs, positions those of a quarter of them
         step = math.lcm(2 * SUPERSTEPS[format_.width], 4 * SUPERSTEPS[format_.index_bits])
     else:
@@ -47,11 +52,9 @@ def warp_bytes(rows: int, columns: int, format_: IntegerFormat, scale_bytes: int
     return _padded_bytes(padded, wide, format_, format_.groups(columns), scale_bytes)
 
 
-def _padded_bytes(
-    rows: int, columns: int, format_: IntegerFormat | TwoFourFormat, groups: int, scale_bytes: int
-) -> int:
+def _padded_bytes(rows: int, columns: int, format_: Packed, groups: int, scale_bytes: int) -> int:
     """Codes, scales and zeros of a byte, each rounded up to the alignment."""
-    symmetric = isinstance(format_, TwoFourFormat) or format_.symmetric
+    symmetric = not isinstance(format_, IntegerFormat) or format_.symmetric
     zeros = 0 if symmetric else rows * groups
     parts = (int(rows * columns * format_.bits) // 8, rows * groups * scale_bytes, zeros)
     return sum(ceil_div(part, ALIGNMENT) * ALIGNMENT for part in parts)

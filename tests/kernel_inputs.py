@@ -12,6 +12,7 @@ from gammac.formats import (
     NormalFloat,
     OffsetNormalFloat,
     Quantized,
+    TrellisFormat,
     TwoFourFormat,
     keep_two,
     spread,
@@ -28,6 +29,10 @@ def random_weight(format_: Format, rows: int, columns: int, seed: int = 0) -> Qu
         values = random_weight(format_.grid, rows, columns, seed)
         mask = keep_two(torch.from_numpy(rng.random((rows, columns))))
         return format_.quantized(values.codes, mask, values.scales)
+    if isinstance(format_, TrellisFormat):
+        found = torch.from_numpy(rng.integers(0, 1 << format_.bits, (columns, rows), dtype=np.uint8))
+        scales = rng.random((rows, format_.groups(columns))) * 0.1 + 0.01
+        return format_.quantized(found, torch.from_numpy(scales.astype(np.float16)))
     assert isinstance(format_, IntegerFormat | NormalFloat)
     groups = (rows, format_.groups(columns))
 

@@ -88,9 +88,10 @@ class _Problem:
         """The weight coded column by column; a scale is `factor` times the root mean square under it."""
         rows, columns = self.weight.shape
         size, branches = self.format.inputs_per_scale(columns), 1 << self.format.bits
-        scales = _stored(self._root_mean_squares() * factor)
+        table = code_values(self.format.state_bits)
+        scales = _stored(self._root_mean_squares() * (factor / float(table.square().mean().sqrt())))
         left = self.weight[:, self.order].contiguous()
-        values = code_values(self.format.bits, self.format.state_bits).reshape(-1, branches).T.contiguous()
+        values = table.reshape(-1, branches).T.contiguous()
         codes, found = torch.empty(columns, rows, dtype=torch.uint8), torch.empty(columns, rows)
         sweep_strips(
             left.numpy(), self.factor.numpy(), scales.numpy(), (self.order // size).numpy(),

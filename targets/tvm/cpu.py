@@ -7,11 +7,11 @@ from gammac.formats import Format, Quantized
 from gammac.targets.tvm.kernels import (
     Branch,
     Isa,
-    Layout,
     Packable,
     decode_linear,
     gated_linear,
     has_layout,
+    layout_of,
     low_rank,
     pack,
     prefill_linear,
@@ -52,7 +52,7 @@ class CpuDevice:
 
     def packed_rows(self, rows: int | None, format_: Packable, entries: int, width: int) -> Any:
         """See `Device`."""
-        return packed_rows(rows, Layout(format_, entries, width), self.isa)
+        return packed_rows(rows, layout_of(format_, entries, width), self.isa)
 
     def attention(self, rows: int | None, heads: Heads) -> Any:
         """See `Device`."""

@@ -4,13 +4,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gammac.diagnostics import CompileError
-from gammac.formats import load_float, load_quantized, stored_format
+from gammac.formats import TrellisFormat, load_float, load_quantized, stored_format
 from gammac.ir import Op, Operand, Value, Weight, WeightRef
 from gammac.passes.add_adapters import FIRST, SECOND, factor_of
 from gammac.targets.tvm.kernels import (
     Branch,
     Layout,
     Packable,
+    layout_of,
 )  # fmt: skip
 from gammac.targets.tvm.lowering import Lowering, function_of
 from gammac.targets.tvm.names import PANELS
@@ -42,7 +43,7 @@ def _layout(at: Lowering, weight: Weight) -> Layout | None:
         raise CompileError(
             f"{format_.name} has no TVM kernel for this target", loc=weight.name, hint="w3g64 has one"
         )
-    return Layout(format_, *_sizes(weight))
+    return layout_of(format_, *_sizes(weight))
 
 
 # ---- parameters ---------------------------------------------------------------------------------
@@ -278,7 +279,7 @@ def lower_embedding(at: Lowering, op: Op) -> Node:
         key = (ids.rows, entries, width)
         args = [ids.var, _floats(at, weight, whole=False)]
         var = at.f.call("embedding", key, lambda: at.device.embedding(*key), args, out)
-    elif layout.levels:
+    elif layout.levels or isinstance(layout.format, TrellisFormat):
         raise CompileError(
             f"tables in {layout.format.name} have no TVM kernel", loc=weight.name, hint="w8g64 has one"
         )

@@ -12,6 +12,7 @@ from gammac.targets.tvm.kernels.layout import Layout, Packable, ceil_div
 from gammac.targets.tvm.kernels.linear import Job, Sums, over, over_tiles
 from gammac.targets.tvm.kernels.low_rank import Branch, branch_operands, low_operands
 from gammac.targets.tvm.kernels.operands import Kernel, Operand, activation_operands, declare, weight_operands
+from gammac.targets.tvm.kernels.packed import layout_of
 from gammac.targets.tvm.tir import vectors
 from gammac.targets.tvm.tir.elementwise import FUNCTIONS
 from gammac.targets.tvm.tir.vectors import T, load, store
@@ -65,7 +66,8 @@ def gated_linear(
 
     Raises CompileError for formats that cannot share a kernel.
     """
-    job, layouts = Job(isa, integer, tokens), [Layout(f, rows, columns) for f in formats]
+    layouts = [layout_of(f, rows, columns) for f in formats]
+    job = Job.of(isa, integer, tokens, layouts)
     inputs = _inputs(layouts, job, branches, (False, False))
     outputs = (Operand("y", (tokens, rows), "float32"),)
     with vectors.kernel() as made:
@@ -150,8 +152,8 @@ def stacked_linear(
     (`formats.concat_rows`). Raises CompileError for formats that cannot share a kernel.
     """
     branches, biased = branches or (None,) * len(rows), biased or (False,) * len(rows)
-    job = Job(isa, integer, tokens)
-    layouts = [Layout(f, n, columns) for f, n in zip(formats, rows, strict=True)]
+    layouts = [layout_of(f, n, columns) for f, n in zip(formats, rows, strict=True)]
+    job = Job.of(isa, integer, tokens, layouts)
     inputs = _inputs(layouts, job, branches, biased)
     outputs = (Operand("y", (tokens, sum(rows)), "float32"),)
     many = [job.tiles(layout) for layout in layouts]

@@ -20,7 +20,7 @@ low two bits, the second above it (3 bits: the number of the pattern).
 from dataclasses import dataclass
 from functools import cached_property
 from math import lcm
-from typing import Any, Final, TypeGuard
+from typing import Final, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -33,12 +33,12 @@ from gammac.formats import (
     NormalFloat,
     OffsetNormalFloat,
     Quantized,
+    TrellisFormat,
     TwoFourFormat,
 )
 from gammac.formats.two_four import KEPT, PATTERN_BITS, PATTERNS
 from gammac.targets.tvm import panels
 from gammac.targets.tvm.kernels.codebook import MIDDLE, levels_of
-from gammac.targets.tvm.kernels.isa import Isa
 
 PANEL: Final = panels.PANEL  # second factors of branches lie in those, and are read beside these
 STEP: Final = 4
@@ -49,7 +49,7 @@ PADDING: Final = 32
 _UNROLLED: Final = 128
 _PLANES: Final = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 
-Packable = IntegerFormat | NormalFloat | TwoFourFormat
+Packable = IntegerFormat | NormalFloat | TwoFourFormat | TrellisFormat
 
 
 def has_layout(format_: Format) -> TypeGuard[Packable]:
@@ -75,6 +75,7 @@ class Layout:
     @property
     def grid(self) -> IntegerFormat | NormalFloat:
         """What codes stand for."""
+        assert not isinstance(self.format, TrellisFormat), "its codes stand for nothing alone"
         return self.format.grid if isinstance(self.format, TwoFourFormat) else self.format
 
     @property
@@ -96,6 +97,11 @@ class Layout:
     def levels(self) -> tuple[float, ...]:
         """What codes name, where they are no numbers."""
         return levels_of(self.format)
+
+    @property
+    def value_bits(self) -> int:
+        """Of the bytes that are multiplied by int8 inputs."""
+        return 8 if self.levels else self.grid.bits
 
     @property
     def same_zero(self) -> int | None:
@@ -218,45 +224,11 @@ def _positions(patterns: npt.NDArray[np.uint8], layout: Layout) -> npt.NDArray[n
     return np.array([first | second << 2 for first, second in PATTERNS], np.uint8)[patterns]
 
 
-def _by_panel(values: npt.NDArray[Any], layout: Layout) -> npt.NDArray[Any]:
-    """[rows, groups] to [panels, groups, 16]."""
-    padded = np.zeros((layout.panels * PANEL, layout.groups), dtype=values.dtype)
-    padded[: layout.rows] = values
-    return np.ascontiguousarray(padded.reshape(layout.panels, PANEL, layout.groups).transpose(0, 2, 1))
-
-
-def pack(quantized: Quantized, isa: Isa) -> dict[str, npt.NDArray[Any]]:
-    """The buffers of a weight by the names of a kernel's operands. See this file's head.
-
-    Raises CompileError for a group size that has no kernel.
-    """
-    (rows, kept), format_ = quantized.codes.shape, quantized.format
-    assert has_layout(format_), f"{format_.name} has no TVM kernel"
-    layout = Layout(format_, rows, kept * KEPT if isinstance(format_, TwoFourFormat) else kept)
-    assert layout.segment  # raises
+def pack_codes(quantized: Quantized, layout: Layout) -> npt.NDArray[np.uint8]:
+    """Codes u8 [panels, panel bytes], with the positions of a 2:4 weight. See this file's head."""
     codes = quantized.codes.numpy()
     parts = [_pack_codes(codes, layout, layout.planes, layout.superstep // layout.per_lane)]
     if layout.index_planes:
         positions = _positions(quantized.parts["patterns"].numpy(), layout)
         parts.append(_pack_codes(positions, layout, layout.index_planes, layout.superstep // STEP))
-    packed = {
-        "codes": np.concatenate(parts, axis=2).reshape(layout.panels, layout.panel_bytes),
-        "scales": _by_panel(quantized.scales.numpy().astype(isa.scale_dtype), layout),
-    }
-    if quantized.zeros is not None:
-        packed["zeros"] = _by_panel(quantized.zeros.numpy(), layout)
-    if isinstance(format_, OffsetNormalFloat):
-        offsets = format_.offsets_of(quantized.parts).numpy()
-        packed["offsets"] = _by_panel(offsets.astype(isa.scale_dtype), layout)
-    return packed
-
-
-def packed_bytes(format_: Packable, rows: int, columns: int, isa: Isa) -> int:
-    """Bytes of all that `pack` returns, each buffer rounded up to 64."""
-    layout = Layout(format_, rows, columns)
-    values = layout.panels * layout.groups * PANEL
-    sizes = [layout.panels * layout.panel_bytes, values * np.dtype(isa.scale_dtype).itemsize]
-    if layout.same_zero is None:
-        sizes.append(values)
-    sizes += [sizes[1]] if layout.around else []
-    return sum(ceil_div(size, ALIGN) * ALIGN for size in sizes)
+    return np.concatenate(parts, axis=2).reshape(layout.panels, layout.panel_bytes)

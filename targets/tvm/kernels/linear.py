@@ -4,10 +4,11 @@ A thread takes panels. A panel's inputs are summed segment by segment, a segment
 is unrolled: per step of 4 inputs one vector of codes, used for every token of the tile.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from gammac.formats import TrellisFormat
 from gammac.targets.tvm.kernels.isa import Isa
 from gammac.targets.tvm.kernels.layout import PANEL, Layout, Packable, ceil_div
 from gammac.targets.tvm.kernels.low_rank import Branch, add_branch, branch_operands, low_operands
@@ -19,6 +20,7 @@ from gammac.targets.tvm.kernels.operands import (
     declare,
     weight_operands,
 )
+from gammac.targets.tvm.kernels.packed import layout_of, panel_of
 from gammac.targets.tvm.kernels.panel import Panel
 from gammac.targets.tvm.kernels.tiles import TILES, Registers, Tile
 from gammac.targets.tvm.tir import vectors
@@ -28,6 +30,8 @@ Expr = Any
 
 # tokens whose inputs stay in the second cache
 TOKENS_AT_ONCE: Final = 256
+# what computing a value of a trellis takes, in products
+TRELLIS_WORK: Final = 4
 # products in an unrolled chunk: more take LLVM long and win nothing
 _UNROLLED: Final = {True: 128, False: 256}
 
@@ -136,6 +140,8 @@ def _chunk(layout: Layout, products: int, integer: bool) -> int:
     if layout.levels and not integer:
         # each product chooses among levels first
         wanted //= len(layout.levels)
+    if isinstance(layout.format, TrellisFormat):
+        wanted //= TRELLIS_WORK
     sizes = [n for n in range(layout.superstep, layout.segment + 1, layout.superstep) if n <= wanted]
     return max((n for n in sizes if layout.segment % n == 0), default=layout.superstep)
 
@@ -165,18 +171,27 @@ def write_panel(panel: Expr, rows: int, write: Callable[[Expr, int], None]) -> N
 
 @dataclass(frozen=True)
 class Job:
-    """What the parts of a kernel share. `tokens` is 1 or "m"; with `integer`, inputs are int8."""
+    """What the parts of a kernel share. `tokens` is 1 or "m"; with `integer`, inputs are int8; `computed` are
+    weights whose values take longer to compute than to multiply by one token."""
 
     isa: Isa
     integer: bool
     tokens: int | str
+    computed: bool = False
+
+    @classmethod
+    def of(cls, isa: Isa, integer: bool, tokens: int | str, layouts: Sequence[Layout]) -> "Job":
+        """For weights that share a kernel."""
+        computed = any(isinstance(layout.format, TrellisFormat) for layout in layouts)
+        return cls(isa, integer, tokens, computed)
 
     @property
     def tile(self) -> tuple[int, int]:
         """Panels and tokens that are summed together."""
         if self.tokens == 1:
             return (1, 1)
-        return self.isa.tile if self.integer else self.isa.float_tile
+        panels, tokens = self.isa.tile if self.integer else self.isa.float_tile
+        return (1, panels * tokens) if self.computed else (panels, tokens)
 
     def tiles(self, layout: Layout) -> int:
         """How many tiles the panels of a weight are."""
@@ -209,9 +224,9 @@ class Job:
         count = self.tile[0]
         numbers = [T.Bind(index * count)]
         numbers += [T.Bind(T.min(index * count + i, layout.panels - 1)) for i in range(1, count)]
-        panels = [Panel(layout, buffers, n, prefetch=self.tokens == 1) for n in numbers]
         total = Registers(count * len(tokens))
         total.clear()
+        panels = [panel_of(layout, buffers, n, self.isa, prefetch=self.tokens == 1) for n in numbers]
         tile = TILES[self.integer](layout, self.isa, buffers, count, tokens)
         Walk(layout, tile, panels, total, _chunk(layout, count * len(tokens), self.integer)).run()
         if branch is not None:
@@ -319,7 +334,8 @@ def decode_linear(
     `bias` f32 [rows], `residual` f32 [1, rows] and a low-rank branch are added where they are wanted. Raises
     CompileError for a group size that has no kernel.
     """
-    return _linear(Layout(format_, rows, columns), Job(isa, integer, 1), _added(bias, residual), branch)
+    layout = layout_of(format_, rows, columns)
+    return _linear(layout, Job.of(isa, integer, 1, [layout]), _added(bias, residual), branch)
 
 
 def prefill_linear(
@@ -334,4 +350,5 @@ def prefill_linear(
     branch: Branch | None = None,
 ) -> Kernel:
     """y [m, rows] of m tokens, which are counted when it runs. As `decode_linear` otherwise."""
-    return _linear(Layout(format_, rows, columns), Job(isa, integer, TOKENS), _added(bias, residual), branch)
+    layout = layout_of(format_, rows, columns)
+    return _linear(layout, Job.of(isa, integer, TOKENS, [layout]), _added(bias, residual), branch)

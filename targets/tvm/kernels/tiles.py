@@ -156,8 +156,7 @@ class IntegerTile(Tile):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         count = self.panels * len(self.tokens)
-        bits = 8 if self.layout.levels else self.layout.grid.bits
-        self._leaf = LEAVES[self.isa.leaf](bits, Registers, count)
+        self._leaf = LEAVES[self.isa.leaf](self.layout.value_bits, Registers, count)
 
     def zero(self, panel: Panel, group: Expr) -> Any:
         """-zero, i32x16, or the number that all have."""
