@@ -6,7 +6,8 @@ precision, recall and F1 of a classifier. Rounding the tuned model afterwards (R
 on the text is worth; static and dynamic training tell what is gained by rounding in the loop. Average bits
 are payload bits of the blocks' linears; tables are equal in all rows. Two more tables: when the controller
 moved widths, and λ against average bits. "late": the first half of the steps trains in f32, rounding then
-starts from GPTQ's codes. "reversed": the ranking of layers turned around.
+starts from GPTQ's codes; "last fifth": the first four fifths do. "reversed": the ranking of layers turned
+around.
 
 Run: python benchmarks/qat.py tiny --text TRAIN --test TEST --tokens 200000 --bits 4 6 [--seeds 0 1 2]
      python benchmarks/source_lines.py lines
@@ -37,8 +38,11 @@ from gammac.training import NEXT_TOKEN, TASKS, Training, TrainRequest, make_trai
 LOOKS: Final = 10  # of the controller, at least
 TRADE_OFFS: Final = (0.01, 0.1, 1.0, 10.0, 100.0)
 LATE: Final = {"float_share": 0.5, "start": "gptq"}
+LAST: Final = {"float_share": 0.8, "start": "gptq"}
+POST_TRAINING: Final = ("rtn", "gptq")
 METHODS: Final[dict[str, dict[str, Any]]] = {
-    "static": {}, "dsa-qat": {}, "static, late": LATE, "dsa-qat, late": LATE, "reversed": {"reverse": True},
+    "static": {}, "dsa-qat": {}, "static, late": LATE, "dsa-qat, late": LATE, "static, last fifth": LAST,
+    "dsa-qat, last fifth": LAST, "reversed": {"reverse": True},
 }  # fmt: skip
 DIGITS: Final = {"perplexity": 2, "%": 2}  # 4 elsewhere
 
@@ -93,13 +97,14 @@ class Bench:
         self.add("32", "original, f32", 32, self.original)
         self.add("32", "tuned, f32", 32, self.tuned)
         for width in bits:
-            for what, weights in (("original", self.original), ("tuned", self.tuned)):
+            rounding = [name for name in methods if name in POST_TRAINING]
+            for what, weights in (("original", self.original), ("tuned", self.tuned)) if rounding else ():
                 grams = self.grams(weights)
-                for quantizer in ("rtn", "gptq"):
+                for quantizer in rounding:
                     rounded = self.rounded(weights, grams, quantizer, width)
                     self.add(f"{width:g}", f"{quantizer.upper()} of {what}", width, rounded)
             options = DsaQatOptions(average_bits=width, every=self.every)
-            for name in methods:
+            for name in (name for name in methods if name in METHODS):
                 changes = dict(METHODS[name])
                 if name.startswith("static"):
                     changes["formats"] = f"w{width:g}g64"
@@ -194,7 +199,8 @@ def main() -> None:
     """The three tables."""
     parser = parser_of(__doc__, [4.0, 6.0])
     parser.add_argument("--task", default=NEXT_TOKEN, choices=TASKS)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    names = (*POST_TRAINING, *METHODS)
+    parser.add_argument("--methods", nargs="+", default=list(names), choices=names)
     parser.add_argument("--batch", type=int, default=4, help="windows, or rows, of a step")
     args = parser.parse_args()
     rows: dict[tuple[str, str], list[tuple[float, Scores]]] = {}

@@ -182,7 +182,8 @@ def check_target(target: Target, choices: Choices, *, compiler: bool, artifact: 
             raise CompileError(
                 f"{target.name} ({target.emitter}) does not run {', '.join(foreign)} as {role} weights"
                 + ("" if compiler else " without a C++ compiler"),
-                hint=f"it runs {' and '.join(sorted(kinds))} codes, such as w4g64: gammac targets show "
+                hint=("--backend tvm runs other kinds; " if target.emitter == "onnx" else "")
+                + f"it runs {' and '.join(sorted(kinds))} codes, such as w4g64: gammac targets show "
                 f"{target.name}; gammac sweep --target {REFERENCE} measures any format without an artifact",
             )
 

@@ -81,14 +81,15 @@ class Candidates:
         Raises CompileError naming the weight when the target runs none of them.
         """
         role = str(weight.attrs["role"])
-        columns = weight.type.shape[1]
-        assert isinstance(columns, int)
+        rows, columns = weight.type.shape
+        assert isinstance(rows, int) and isinstance(columns, int)
         wished = parse_formats(self.block if role == "block" else self.table)
-        fitted = [ctx.target.fit(f, role, columns, compiler=self.compiler) for f in wished]
+        fitted = [ctx.target.fit(f, role, columns, rows=rows, compiler=self.compiler) for f in wished]
         usable = tuple(dict.fromkeys(f for f in fitted if f is not None))
         if not usable:
             raise CompileError(
-                f"{ctx.target.name} runs none of {', '.join(f.name for f in wished)} at {columns} inputs",
+                f"{ctx.target.name} runs none of {', '.join(f.name for f in wished)} at {rows} rows of "
+                f"{columns} inputs",
                 loc=weight.name,
                 hint="gammac targets show lists what it runs",
             )

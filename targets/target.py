@@ -57,6 +57,7 @@ class Kernel:
     needs_compiler: bool = False  # a C++ compiler where `gammac compile` runs
     scale_bytes: int = 2
     resident: float = 1.0  # bytes in memory for a byte on disk: runtimes repack
+    row_multiple: int = 1  # a weight has so many rows, or a multiple
 
     def runs(self, format_: Format) -> bool:
         """Whether this operator is fast for a format."""
@@ -140,14 +141,15 @@ class Target:
         return min(self.dram_gbps * self.threads, self.dram_gbps_peak) * 1e9
 
     def kernel_for(
-        self, format_: Format, role: str, in_features: int, *, compiler: bool = True
+        self, format_: Format, role: str, in_features: int, *, rows: int = 0, compiler: bool = True
     ) -> Kernel | None:
-        """The first row that runs a format (fitted to the row length) fast; None if there is none."""
+        """The first row that runs a format (fitted to the row length) fast on a weight of so many rows (0:
+        any number); None if there is none."""
         fitted = format_.fit(in_features)
         if not fitted.holds(in_features):
             return None
-        rows = (k for k in self.kernels if k.role == role and k.runs(fitted))
-        return next((k for k in rows if compiler or not k.needs_compiler), None)
+        fits = (k for k in self.kernels if k.role == role and k.runs(fitted) and rows % k.row_multiple == 0)
+        return next((k for k in fits if compiler or not k.needs_compiler), None)
 
     def rates(self, format_: Format, kernel: Kernel) -> tuple[float, float]:
         """10^9 weights a second for one token, and 10^9 operations for many, of one thread."""
@@ -163,13 +165,15 @@ class Target:
         rows = (k for k in self.kernels if k.role == role and (compiler or not k.needs_compiler))
         return frozenset(k.kind for k in rows)
 
-    def fit(self, format_: Format, role: str, in_features: int, *, compiler: bool = True) -> Format | None:
+    def fit(
+        self, format_: Format, role: str, in_features: int, *, rows: int = 0, compiler: bool = True
+    ) -> Format | None:
         """The format, or the next smaller group, or one scale a row, that divides the row and runs fast."""
         smaller = [g for g in FALLBACK_GROUPS if not format_.group or g < format_.group]
         for group in dict.fromkeys([format_.group, *smaller, CHANNEL]):
             fitted = format_.with_group(group)
             divides = group == CHANNEL or in_features % group == 0
-            if divides and self.kernel_for(fitted, role, in_features, compiler=compiler):
+            if divides and self.kernel_for(fitted, role, in_features, rows=rows, compiler=compiler):
                 return fitted
         return None
 

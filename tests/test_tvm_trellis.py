@@ -81,6 +81,13 @@ def test_weights_that_share_their_inputs() -> None:
     np.testing.assert_allclose(found, gate / (1 + np.exp(-gate)) * up, rtol=1e-4, atol=1e-4)
 
 
+def test_the_target_knows_which_rows_have_a_kernel() -> None:
+    target, format_ = load_target("cpu-x86-avx512", "tvm"), parse_format("tcq2")
+    assert target.fit(format_, "block", 64, rows=48) == format_
+    assert target.fit(format_, "block", 64, rows=40) is None
+    assert target.fit(parse_format("w2g64"), "block", 64, rows=40) is not None
+
+
 def test_other_numbers_of_rows_are_refused() -> None:
     format_ = parse_format("tcq2")
     assert isinstance(format_, Packable)
