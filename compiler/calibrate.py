@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 
 from gammac.diagnostics import CompileError
-from gammac.formats import IntegerFormat, parse_format
+from gammac.formats import Format, parse_format
 from gammac.progress import Progress, no_progress
 from gammac.runtime.bench import read_bandwidth
 from gammac.target_rows import table_of, to_toml
@@ -58,7 +58,7 @@ def calibrate(isa: Any, wish: Wish, progress: Progress = no_progress) -> Calibra
 
     Raises CompileError for a format without a kernel, and where TVM has fewer threads than are wanted.
     """
-    formats = [_integer(name) for name in wish.formats]
+    formats = [_packable(name) for name in wish.formats]
     pool = _pool(max(wish.threads))
     jobs = [(f, shape, tokens) for f in formats for shape in wish.shapes for tokens in (1, wish.tokens)]
     rows = []
@@ -72,9 +72,11 @@ def calibrate(isa: Any, wish: Wish, progress: Progress = no_progress) -> Calibra
     return Calibration(tuple(rows), speeds, max(wish.threads))
 
 
-def _integer(name: str) -> IntegerFormat:
+def _packable(name: str) -> Format:
+    from gammac.targets.tvm.kernels import has_layout
+
     format_ = parse_format(name)
-    if not isinstance(format_, IntegerFormat):
+    if not has_layout(format_):
         raise CompileError(f"{format_.name} has no TVM kernel", hint="integers such as w3g64 have one")
     return format_
 
@@ -95,7 +97,7 @@ def _pool(threads: int) -> Callable[..., None]:
 
 
 def _product(
-    format_: IntegerFormat, shape: tuple[int, int], tokens: int, isa: Any, wish: Wish
+    format_: Format, shape: tuple[int, int], tokens: int, isa: Any, wish: Wish
 ) -> Callable[[], float]:
     """Seconds of one call, over calls with another copy of the weight each."""
     import tvm

@@ -39,21 +39,21 @@ def gammac() -> Run:
     return run
 
 
+@pytest.mark.parametrize("format_", ["w4g64", "tcq2"])
 def test_a_calibrated_target_predicts_what_was_measured(
-    gammac: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gammac: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format_: str
 ) -> None:
     monkeypatch.setattr(calibrate, "read_bandwidth", lambda threads: 5e9 * threads)
     out = tmp_path / "mine.toml"
-    wanted = ["--quick", "--threads", 1, "--formats", "w4g64", "--shapes", "64x64,256x128"]
+    wanted = ["--quick", "--threads", 1, "--formats", format_, "--shapes", "64x64,256x128"]
     said = gammac("targets", "calibrate", "cpu-x86", "-o", out, *wanted)
     assert said.exit_code == 0, said.output
     assert "4 rows in" in said.stdout.replace("\n", " ")
     mine, base = load_target(str(out), "tvm"), load_target("cpu-x86", "tvm")
     assert (mine.name, mine.threads, mine.emitter) == ("mine", 1, "tvm") and len(mine.measured) == 4
     assert mine.kernels == base.kernels and mine.dram_gbps == 5.0
-    w4 = parse_format("w4g64")
     for row in mine.measured:
-        found = cost.linear_seconds(row.rows, row.columns, w4, mine, row.tokens)
+        found = cost.linear_seconds(row.rows, row.columns, parse_format(format_), mine, row.tokens)
         assert found == row.seconds > 0
     # the other backend's figures are not touched by them
     assert load_target(str(out)).measured == ()
@@ -148,6 +148,7 @@ def test_between_measured_shapes_seconds_follow_the_weights() -> None:
         (["edge", "-o", "mine.toml"], "edge can't be timed here: the artifact is for aarch64"),
         (["cpu", "-o", "mine.toml", "--shapes", "64"], "'64' is no shape"),
         (["cpu", "-o", "mine.toml", "--threads", "two"], "'two' are no numbers of threads"),
+        (["cpu", "-o", "mine.toml", "--formats", "bi1.1g128"], "bi1.1g128 has no TVM kernel"),
     ],
 )
 def test_mistakes_are_told_at_once(gammac: Run, arguments: list[str], said: str) -> None:
