@@ -103,8 +103,9 @@ def _product(
     import tvm
     from tvm.target import Target as LlvmTarget  # type: ignore[import-untyped]
 
-    from gammac.targets.tvm.kernels import decode_linear, lowering, packed_bytes, prefill_linear
+    from gammac.targets.tvm.kernels import decode_linear, has_layout, lowering, packed_bytes, prefill_linear
 
+    assert has_layout(format_)
     make = decode_linear if tokens == 1 else prefill_linear
     kernel = make(format_, *shape, isa, integer=True)
     module = tvm.IRModule({kernel.name: kernel.func.with_attr("global_symbol", kernel.name)})

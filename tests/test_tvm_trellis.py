@@ -29,24 +29,13 @@ from gammac.targets.tvm.kernels import (
 )
 from gammac.targets.tvm.toolchain import find_linker
 
-FORMATS = [
-    "tcq1",
-    "tcq2",
-    "tcq3",
-    "tcq4",
-    "tcq2g64",
-    "tcq3g32",
-    "tcq4g128",
-    "tcq2-l8",
-    "tcq1-l16",
-    "tcq4-l16",
-]
+FORMATS = ["tcq1", "tcq2", "tcq3", "tcq4", "tcq2g64", "tcq3-l8", "tcq4-l16"]
 
 
 @pytest.mark.parametrize("format_", FORMATS)
 def test_products_equal_dequantize(format_: str) -> None:
     """19 panels are two tiles, of nine and of ten."""
-    for integer, tokens in ((True, 1), (True, 19), (False, 1), (False, 9)):
+    for integer, tokens in ((True, 1), (True, 19), (False, 1)):
         check(format_, 304, 320, HOST, integer, tokens)
 
 
