@@ -31,7 +31,7 @@ Expr = Any
 # tokens whose inputs stay in the second cache
 TOKENS_AT_ONCE: Final = 256
 # what computing a value of a trellis takes, in products
-TRELLIS_WORK: Final = 4
+TRELLIS_WORK: Final = 16
 # products in an unrolled chunk: more take LLVM long and win nothing
 _UNROLLED: Final = {True: 128, False: 256}
 
