@@ -15,7 +15,7 @@ from gammac.targets.target import load_target
 
 pytest.importorskip("tvm", reason="the extra tvm is not installed")
 
-from kernel_inputs import EPSILON, build, call, error, inputs
+from kernel_inputs import EPSILON, build, call, error, inputs, quantized_inputs
 from test_tvm_kernels import HERE, HOST, check, random_weight, runnable
 
 from gammac.targets.tvm.kernels import (
@@ -53,20 +53,24 @@ def test_every_instruction_set_of_this_machine(isa: str) -> None:
         check(format_, 272, 64, HERE[isa], integer, tokens)
 
 
-def test_weights_that_share_their_inputs() -> None:
+@pytest.mark.parametrize("integer", [True, False])
+def test_weights_that_share_their_inputs(integer: bool) -> None:
     """q, k and v of different widths in one launch, gate and up in another."""
     x = inputs(1, 96)
-    named = [parse_format(name) for name in ("tcq2", "tcq4", "tcq3g32")]
+    given, meant = {"x": x}, x.astype(np.float64)
+    named = [parse_format(name) for name in ("tcq2", "tcq4", "tcq3")]
     weights = [random_weight(format_, 32, 96, seed) for seed, format_ in enumerate(named)]
     formats = tuple(weight.format for weight in weights)
-    kernel = stacked_linear(formats, (32,) * 3, 96, HOST, integer=False, tokens=1)
+    if integer:
+        given, meant = quantized_inputs(x, layout_of(formats[0], 32, 96))
+    kernel = stacked_linear(formats, (32,) * 3, 96, HOST, integer=integer, tokens=1)
     arrays = {f"{kind}{i}": a for i, w in enumerate(weights) for kind, a in pack(w, HOST).items()}
-    y = call(kernel, build(kernel, HOST), {"x": x, **arrays}, 1)["y"]
+    y = call(kernel, build(kernel, HOST), {**given, **arrays}, 1)["y"]
     for i, weight in enumerate(weights):
-        assert error(y[:, 32 * i : 32 * i + 32], x.astype(np.float64), weight) < 50 * EPSILON
-    gated = gated_linear(formats[:2], 32, 96, HOST, integer=False, tokens=1)
-    found = call(gated, build(gated, HOST), {"x": x, **arrays}, 1)["y"]
-    gate, up = (x @ weight.dequantize().numpy().T for weight in weights[:2])
+        assert error(y[:, 32 * i : 32 * i + 32], meant, weight) < 50 * EPSILON
+    gated = gated_linear(formats[:2], 32, 96, HOST, integer=integer, tokens=1)
+    found = call(gated, build(gated, HOST), {**given, **arrays}, 1)["y"]
+    gate, up = (meant @ weight.dequantize().numpy().T for weight in weights[:2])
     np.testing.assert_allclose(found, gate / (1 + np.exp(-gate)) * up, rtol=1e-4, atol=1e-4)
 
 
@@ -99,7 +103,7 @@ def test_what_is_packed_is_what_the_format_stores(name: str, shape: tuple[int, i
 
 @pytest.mark.skipif(find_linker() is None, reason="nothing links a shared library")
 def test_compile_to_trellises_and_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The embedded model, beside weights in integer formats."""
+    """The embedded model, with tables in integers."""
     monkeypatch.setenv("GAMMAC_CACHE", str(tmp_path / "cache"))
     wanted = ["--backend", "tvm", "--formats", "tcq2-l8,tcq4-l8", "--quantizer", "tcq", "--budget", "3"]
     quick = ["--calibration-windows", "4", "--calibration-length", "64", "--strategy", "weight_mse"]

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gammac.diagnostics import CompileError
-from gammac.formats import TrellisFormat, load_float, load_quantized, stored_format
+from gammac.formats import load_float, load_quantized, stored_format
 from gammac.ir import Op, Operand, Value, Weight, WeightRef
 from gammac.passes.add_adapters import FIRST, SECOND, factor_of
 from gammac.targets.tvm.kernels import (
@@ -279,7 +279,7 @@ def lower_embedding(at: Lowering, op: Op) -> Node:
         key = (ids.rows, entries, width)
         args = [ids.var, _floats(at, weight, whole=False)]
         var = at.f.call("embedding", key, lambda: at.device.embedding(*key), args, out)
-    elif layout.levels or isinstance(layout.format, TrellisFormat):
+    elif layout.levels or layout.computed:
         raise CompileError(
             f"tables in {layout.format.name} have no TVM kernel", loc=weight.name, hint="w8g64 has one"
         )

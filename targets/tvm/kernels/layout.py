@@ -99,6 +99,11 @@ class Layout:
         return levels_of(self.format)
 
     @property
+    def computed(self) -> bool:
+        """Whether values are computed from codes, which takes longer than multiplying them by one token."""
+        return False
+
+    @property
     def value_bits(self) -> int:
         """Of the bytes that are multiplied by int8 inputs."""
         return 8 if self.levels else self.grid.bits

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from gammac.formats import TrellisFormat
 from gammac.targets.tvm.kernels.isa import Isa
 from gammac.targets.tvm.kernels.layout import PANEL, Layout, Packable, ceil_div
 from gammac.targets.tvm.kernels.low_rank import Branch, add_branch, branch_operands, low_operands
@@ -30,8 +29,8 @@ Expr = Any
 
 # tokens whose inputs stay in the second cache
 TOKENS_AT_ONCE: Final = 256
-# what computing a value of a trellis takes, in products
-TRELLIS_WORK: Final = 16
+# what computing a value takes, in products, and unrolled code in time to compile
+COMPUTING: Final = 16
 # products in an unrolled chunk: more take LLVM long and win nothing
 _UNROLLED: Final = {True: 128, False: 256}
 
@@ -140,8 +139,8 @@ def _chunk(layout: Layout, products: int, integer: bool) -> int:
     if layout.levels and not integer:
         # each product chooses among levels first
         wanted //= len(layout.levels)
-    if isinstance(layout.format, TrellisFormat):
-        wanted //= TRELLIS_WORK
+    if layout.computed:
+        wanted //= COMPUTING
     sizes = [n for n in range(layout.superstep, layout.segment + 1, layout.superstep) if n <= wanted]
     return max((n for n in sizes if layout.segment % n == 0), default=layout.superstep)
 
@@ -171,8 +170,8 @@ def write_panel(panel: Expr, rows: int, write: Callable[[Expr, int], None]) -> N
 
 @dataclass(frozen=True)
 class Job:
-    """What the parts of a kernel share. `tokens` is 1 or "m"; with `integer`, inputs are int8; `computed` are
-    weights whose values take longer to compute than to multiply by one token."""
+    """What the parts of a kernel share. `tokens` is 1 or "m"; with `integer`, inputs are int8. What is
+    `computed` (see Layout) serves as many tokens as there are registers."""
 
     isa: Isa
     integer: bool
@@ -182,8 +181,7 @@ class Job:
     @classmethod
     def of(cls, isa: Isa, integer: bool, tokens: int | str, layouts: Sequence[Layout]) -> "Job":
         """For weights that share a kernel."""
-        computed = any(isinstance(layout.format, TrellisFormat) for layout in layouts)
-        return cls(isa, integer, tokens, computed)
+        return cls(isa, integer, tokens, any(layout.computed for layout in layouts))
 
     @property
     def tile(self) -> tuple[int, int]:

@@ -48,9 +48,13 @@ def pack(quantized: Quantized, isa: Isa) -> dict[str, npt.NDArray[Any]]:
     assert has_layout(format_), f"{format_.name} has no TVM kernel"
     layout = layout_of(format_, *_shape(quantized))
     assert layout.segment  # raises
-    codes = pack_streams if isinstance(layout, TrellisLayout) else pack_codes
+    codes = (
+        pack_streams(quantized, layout)
+        if isinstance(layout, TrellisLayout)
+        else pack_codes(quantized, layout)
+    )
     packed = {
-        "codes": codes(quantized, layout),  # type: ignore[arg-type]
+        "codes": codes,
         "scales": _by_panel(quantized.scales.numpy().astype(isa.scale_dtype), layout),
     }
     if layout.same_zero is None:

@@ -55,6 +55,7 @@ class TrellisLayout(Layout):
     planes = index_planes = levels = ()
     same_zero = MIDDLE
     around = False
+    computed = True
     superstep = STEP
     value_bits = 8
 
@@ -69,9 +70,9 @@ class TrellisLayout(Layout):
         return ceil_div(self.columns, STEP) * STEP * self.row_bytes
 
     @property
-    def tile_ends(self) -> list[int]:
-        """Where tiles begin, and at last their end, in panels."""
-        return [bound // PANEL for bound in tile_bounds(self.rows)]
+    def tiles(self) -> int:
+        """Parts of a column that have a stream each."""
+        return len(tile_bounds(self.rows)) - 1
 
 
 def pack_streams(quantized: Quantized, layout: TrellisLayout) -> npt.NDArray[np.uint8]:
@@ -94,7 +95,8 @@ class TrellisPanel(Panel):
     def __init__(self, layout: TrellisLayout, buffers: Mapping[str, Any], number: Expr, isa: Isa) -> None:
         super().__init__(layout, buffers, number, prefetch=False)
         self.isa, self._stream = isa, flat(buffers["codes"])
-        tiles, panels, size = len(layout.tile_ends) - 1, layout.panels, layout.row_bytes
+        tiles, panels, size = layout.tiles, layout.panels, layout.row_bytes
+        # tiles begin where `tile_bounds` says: at panel tile * panels // tiles
         tile = T.Bind(((number + 1) * tiles - 1) // panels)
         first = T.Bind(tile * panels // tiles)
         many = panels // tiles if panels % tiles == 0 else T.Bind((tile + 1) * panels // tiles - first)
