@@ -68,8 +68,16 @@ def test_sensitivity_is_a_weighed_sum_and_standardising_makes_its_terms_comparab
     assert sensitivity.sensitivity(2.0, 3.0, 0.25, 0.5) == 2.0
     assert sensitivity.gradient_variance(torch.tensor([1.0, 3.0])) == 1.0
     assert sensitivity.activation_error(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 4.0])) == 1.5
-    found = sensitivity.sensitivities({"a": 1e-9, "b": 3e-9}, {"a": 0.2, "b": 0.2}, {"b": 1.0}, 1, 1, 1)
-    assert found == {"a": pytest.approx(1.5), "b": pytest.approx(3.5)}
+    layers = {"a": sensitivity.Layer(1e-9, 4.0, 10, 0.2), "b": sensitivity.Layer(3e-9, 4.0, 30, 0.2, 1.0)}
+    found = sensitivity.sensitivities(layers, 1, 1, 1)
+    assert found == {"a": pytest.approx(0.5 + 0.5), "b": pytest.approx(1.5 + 1.5 + 1.0)}
+
+
+def test_a_layer_in_two_halves_is_as_sensitive_as_the_whole() -> None:
+    whole = {"a": sensitivity.Layer(1e-9, 4.0, 20, 0.2), "b": sensitivity.Layer(1e-9, 4.0, 20, 0.2)}
+    halves = {"a": whole["a"], **{n: sensitivity.Layer(1e-9, 2.0, 10, 0.2) for n in ("b0", "b1")}}
+    one, two = sensitivity.sensitivities(whole, 0.5, 0.5, 0), sensitivity.sensitivities(halves, 0.5, 0.5, 0)
+    assert two["b0"] + two["b1"] == pytest.approx(two["a"]) and one["a"] == one["b"]
 
 
 def test_attention_distortion_is_the_mean_kl_of_rows() -> None:

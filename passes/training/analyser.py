@@ -17,7 +17,8 @@ from gammac.ir.interpret import visible
 from gammac.passes.quantizers.grid import choose_grid, round_to_grid
 from gammac.passes.training.fake_quantize import round_activations, straight_through
 from gammac.passes.training.graph import TrainingGraph, block_weight
-from gammac.passes.training.sensitivity import PROBE_BITS, activation_error, attention_distortion
+from gammac.passes.training.losses import relative_noise
+from gammac.passes.training.sensitivity import PROBE_BITS, attention_distortion
 from gammac.passes.training.tasks import TaskLoss
 from gammac.passes.training.trainer import Data
 
@@ -26,15 +27,17 @@ PROBE_GROUP = 64
 
 @dataclass
 class Analyser:
-    """`latent` gives a weight by name; `reads` says whether activations are rounded."""
+    """`latent` gives a weight by name; `reads`: whether activations are rounded; `attention`: whether scores'
+    distortion is wanted."""
 
     graph: TrainingGraph
     latent: Callable[[str], Tensor]
     reads: bool
+    attention: bool
     scored: dict[Op, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.scored = _weights_behind_scores(self.graph)
+        self.scored = _weights_behind_scores(self.graph) if self.attention else {}
 
     def gradients(self, batch: Data, task: TaskLoss) -> dict[str, Tensor]:
         """∇W at the probe width, by block weight name."""
@@ -52,7 +55,8 @@ class Analyser:
 
     @torch.no_grad()
     def look(self, batch: Data) -> tuple[dict[str, float], dict[str, float]]:
-        """E|A_l − Q(A_l)| by weight name, and the attention's distortion by names of what makes scores."""
+        """The relative squared error of A_l by weight name; the attention's distortion by names of what makes
+        scores, if that is asked for."""
         errors: dict[str, float] = {}
         full: dict[Op, Tensor] = {}
         rounded: dict[str, Tensor] = {}
@@ -82,8 +86,9 @@ class Analyser:
 
     def _error(self, operands: list[Tensor], output: Tensor, rounded: Tensor) -> float:
         if self.reads:
-            return activation_error(operands[0], round_activations(operands[0], PROBE_BITS))
-        return activation_error(output, torch.nn.functional.linear(operands[0], rounded, *operands[2:]))
+            return float(relative_noise(operands[0], round_activations(operands[0], PROBE_BITS)))
+        found = torch.nn.functional.linear(operands[0], rounded, *operands[2:])
+        return float(relative_noise(output, found))
 
     def _is_block(self, name: str) -> bool:
         return self.graph.module.weights[name].attrs.get("role") == "block"

@@ -29,7 +29,7 @@ from gammac.passes.training.precision import (
     steadied,
     within,
 )
-from gammac.passes.training.sensitivity import gradient_variance, sensitivities, smoothed
+from gammac.passes.training.sensitivity import Layer, gradient_variance, sensitivities, smoothed
 from gammac.pipeline import Context
 from gammac.targets import cost
 
@@ -110,7 +110,7 @@ class Controller:
 
     def layers(self, weights: Mapping[str, Tensor]) -> Layers:
         """Each group's formats with S · ε and C. ε is the weight's relative squared rounding error."""
-        found = sensitivities(self.variances, self.errors, self.distortions, *self.options.weights)
+        found = sensitivities({n: self._layer(n, weights[n]) for n in self.names}, *self.options.weights)
         layers = []
         for names, formats, prices in zip(self.groups, self.offered, self.prices, strict=True):
             noise = [sum(found[n] * relative_error(weights[n], f, self.options.clip) for n in names)
@@ -120,6 +120,12 @@ class Controller:
         if self.options.reverse:
             return reversed_errors(layers, [sum(found[n] for n in names) for names in self.groups])
         return layers
+
+    def _layer(self, name: str, weight: Tensor) -> Layer:
+        return Layer(
+            self.variances[name], float(weight.square().sum()), self.sizes[name], self.errors[name],
+            self.distortions.get(name, 0.0),
+        )  # fmt: skip
 
     def formats(self) -> dict[str, Format]:
         """The format of each block weight."""

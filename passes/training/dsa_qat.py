@@ -57,7 +57,7 @@ class DsaQat:
         self.grids = {n: HeldGrid(fs[-1], options.clip) for n, fs in offered.items()}
         blocks = {n: fs for n, fs in offered.items() if module.weights[n].attrs["role"] == "block"}
         self.controller = Controller(module, ctx, options, blocks)
-        self.analyser = Analyser(self.graph, self._latent, bool(options.activations))
+        self.analyser = Analyser(self.graph, self._latent, bool(options.activations), options.kappa > 0)
         self.readers = _first_readers(module)
         self.ranges: dict[str, float] = {}
         self.noises: list[Tensor] = []

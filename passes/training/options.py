@@ -35,7 +35,7 @@ class DsaQatOptions:
     cost: str = "bits"
     alpha: float = 0.5
     beta: float = 0.5
-    kappa: float = 0.5
+    kappa: float = 0.0
     gamma: float = 0.0
     every: int = 50
     keep: float = 0.9

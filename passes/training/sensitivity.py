@@ -1,11 +1,20 @@
 """How much a layer suffers from quantization while it trains: DSA-QAT, "Sensitivity Analysis Module".
 
 S_l = α · Var(∇W_l) + β · E|A_l − Q(A_l)|, and the distortion of attention scores, for which the paper has
-no formula. Gradient variances are near 1e-8 and activation errors near 1e-2, so each term is divided by its
-mean over the layers before they are added: as printed, the first would never count.
+no formula. S_l is multiplied by ε, the relative squared error of a layer's weight, and set against the bits
+of the whole layer, so its terms are those of whole layers:
+
+- Noise of the relative size ε on W changes the loss by Var(∇W) · ‖W‖² · ε, in the mean of squares.
+- The error of activations is relative and squared, so that large activations don't count for more, and
+  counts for each weight of the layer.
+- Each term is divided by its mean over the layers before they are added. As printed, gradient variances
+  near 1e-8 would never count beside activation errors near 1e-2.
+
+As printed, small layers got the bits of large ones, and the allocation lost to one width for all.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -40,16 +49,23 @@ def standardised(values: Mapping[str, float]) -> dict[str, float]:
     return {name: value / mean if mean > 0 else 0.0 for name, value in values.items()}
 
 
-def sensitivities(
-    variances: Mapping[str, float],
-    errors: Mapping[str, float],
-    distortions: Mapping[str, float],
-    alpha: float,
-    beta: float,
-    kappa: float,
-) -> dict[str, float]:
-    """S by layer, each term over its mean; `distortions` only of layers whose output meets a softmax."""
-    v, e, d = standardised(variances), standardised(errors), standardised(distortions)
+@dataclass(frozen=True)
+class Layer:
+    """What was learnt of one: Var(∇W), ‖W‖², the number of its weights, the relative squared error of its
+    activations, and the distortion of attention, which is zero where its output meets no softmax."""
+
+    variance: float
+    square: float
+    size: int
+    error: float
+    distortion: float = 0.0
+
+
+def sensitivities(layers: Mapping[str, Layer], alpha: float, beta: float, kappa: float) -> dict[str, float]:
+    """S by layer."""
+    v = standardised({n: layer.variance * layer.square for n, layer in layers.items()})
+    e = standardised({n: layer.error * layer.size for n, layer in layers.items()})
+    d = standardised({n: layer.distortion for n, layer in layers.items() if layer.distortion})
     return {n: sensitivity(v[n], e[n], alpha, beta) + kappa * d.get(n, 0.0) for n in v}
 
 
