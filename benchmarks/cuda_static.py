@@ -12,7 +12,7 @@ import argparse
 import tvm
 from tvm.target import Target
 
-from gammac.formats import IntegerFormat, parse_format
+from gammac.formats import parse_format
 from gammac.targets.tvm.build import demand_linker
 from gammac.targets.tvm.cuda import emit
 from gammac.targets.tvm.cuda.kernels import CudaDevice
@@ -20,7 +20,13 @@ from gammac.targets.tvm.cuda.loader import load_cuda
 from gammac.targets.tvm.cuda.report import KernelReport
 from gammac.targets.tvm.kernels.lowering import lowering
 
-FORMATS = ",".join([*(f"w{bits}g64" for bits in range(1, 9)), "w4g16", "w4g128-sym", "w3channel"])
+FORMATS = ",".join(
+    [
+        *(f"w{bits}g64" for bits in range(1, 9)), "w4g16", "w4g128-sym", "w3channel",
+        *(f"nf{bits}g64" for bits in (2, 3, 4)), "nf4g64-offset", *(f"tcq{bits}" for bits in (1, 2, 3, 4)),
+        *(f"s24w{bits}g64-hw" for bits in (2, 4, 6, 8)),
+    ]
+)  # fmt: skip
 
 
 def kernels(formats: list[str], size: int) -> dict[str, object]:
@@ -28,7 +34,7 @@ def kernels(formats: list[str], size: int) -> dict[str, object]:
     device, made = CudaDevice(gpu=True), {}
     for name in formats:
         format_ = parse_format(name)
-        assert isinstance(format_, IntegerFormat)
+        assert device.takes(format_), f"{format_.name} has no CUDA kernel"
         for what, rows in (("decode", 1), ("prefill", None)):
             func = device.linear(rows, format_, size, size, False, False)
             key = f"{what}_{name.replace('-', '_')}"

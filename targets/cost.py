@@ -16,7 +16,7 @@ from gammac.diagnostics import CompileError
 from gammac.formats import DualBinaryFormat, Format, IntegerFormat, parse_format
 from gammac.ir import Function, Module, Op, TensorType, Value, Weight, WeightRef
 from gammac.ir.types import BYTES, evaluate
-from gammac.targets.padding import Packed, any_bits_bytes, ceil_div, packed_bytes, warp_bytes
+from gammac.targets.padding import OnWarps, Packed, any_bits_bytes, ceil_div, packed_bytes, warp_bytes
 from gammac.targets.target import BLOCK, TABLE, Kernel, Target
 
 CONTEXT: Final = 512  # positions in the cache while decoding, and tokens of a prefill
@@ -76,7 +76,7 @@ def stored_bytes(rows: int, columns: int, format_: Format, target: Target, role:
         return 2 * any_bits_bytes(rows, columns, fitted.plane, fitted.groups(columns), kernel.scale_bytes)
     if kernel.op == PACKED and isinstance(fitted, Packed):
         return packed_bytes(rows, columns, fitted, kernel.scale_bytes)
-    if kernel.op == WARP and isinstance(fitted, IntegerFormat):
+    if kernel.op == WARP and isinstance(fitted, OnWarps):
         return warp_bytes(rows, columns, fitted, kernel.scale_bytes)
     if not isinstance(fitted, IntegerFormat):
         return ceil_div(fitted.storage_bits(rows, columns), 8)

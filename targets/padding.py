@@ -3,9 +3,10 @@
 import math
 from typing import Final
 
-from gammac.formats import IntegerFormat, TrellisFormat, TwoFourFormat
+from gammac.formats import IntegerFormat, NormalFloat, OffsetNormalFloat, TrellisFormat, TwoFourFormat
 
 Packed = IntegerFormat | TwoFourFormat | TrellisFormat
+OnWarps = IntegerFormat | NormalFloat | TwoFourFormat | TrellisFormat
 
 STRIP_ROWS, CHUNK_COLUMNS = 4, 64  # MatMulAnyBits pads to these
 STEP: Final = 4  # columns of PackedLinear that share lanes
@@ -46,15 +47,16 @@ def packed_bytes(rows: int, columns: int, format_: Packed, scale_bytes: int) -> 
     )
 
 
-def warp_bytes(rows: int, columns: int, format_: IntegerFormat, scale_bytes: int) -> int:
+def warp_bytes(rows: int, columns: int, format_: OnWarps, scale_bytes: int) -> int:
     """The same in WarpLinear, on a GPU."""
     padded, wide = ceil_div(rows, WARP_ROWS) * WARP_ROWS, ceil_div(columns, WARP_COLUMNS) * WARP_COLUMNS
     return _padded_bytes(padded, wide, format_, format_.groups(columns), scale_bytes)
 
 
-def _padded_bytes(rows: int, columns: int, format_: Packed, groups: int, scale_bytes: int) -> int:
-    """Codes, scales and zeros of a byte, each rounded up to the alignment."""
+def _padded_bytes(rows: int, columns: int, format_: Packed | OnWarps, groups: int, scale_bytes: int) -> int:
+    """Codes, scales, and zeros of a byte or offsets, each rounded up to the alignment."""
     symmetric = not isinstance(format_, IntegerFormat) or format_.symmetric
-    zeros = 0 if symmetric else rows * groups
-    parts = (int(rows * columns * format_.bits) // 8, rows * groups * scale_bytes, zeros)
+    zeros, scales = 0 if symmetric else rows * groups, rows * groups * scale_bytes
+    offsets = scales if isinstance(format_, OffsetNormalFloat) else 0
+    parts = (int(rows * columns * format_.bits) // 8, scales, zeros, offsets)
     return sum(ceil_div(part, ALIGNMENT) * ALIGNMENT for part in parts)

@@ -16,7 +16,9 @@ from test_tvm import EXACT, differences, legal
 
 from gammac.budget import parse_budgets
 from gammac.diagnostics import CompileError
-from gammac.formats import IntegerFormat, Quantized, parse_format
+from gammac.formats import IntegerFormat, Quantized, TrellisFormat, TwoFourFormat, parse_format
+from gammac.formats.trellis import unpack
+from gammac.formats.two_four import PATTERNS
 from gammac.ir import Module
 from gammac.passes.allocate import Allocate
 from gammac.pipeline import Context
@@ -26,6 +28,8 @@ from gammac.targets.target import BLOCK, TABLE, load_target, target_names
 from gammac.weights import WeightStore
 
 pytest.importorskip("tvm", reason="needs the extra tvm")
+
+from kernel_inputs import random_weight
 
 from gammac.runtime import tvm_cuda
 from gammac.runtime.tvm_session import TvmSession
@@ -45,18 +49,10 @@ pytestmark = pytest.mark.skipif(find_linker() is None, reason="nothing links a s
 needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc")
 
 BOARDS = [name for name in target_names() if load_target(name).archs]
-FORMATS = ["w1g32", "w2g16", "w3g64-sym", "w4g48", "w5channel", "w6g96", "w7g128-sym", "w8g64"]
-
-
-def random_weight(format_: IntegerFormat, rows: int, columns: int) -> Quantized:
-    rng = np.random.default_rng(rows)
-    groups = (rows, format_.groups(columns))
-
-    def codes(shape: tuple[int, int]) -> torch.Tensor:
-        return torch.from_numpy(rng.integers(0, format_.levels + 1, shape, dtype=np.uint8))
-
-    scales = torch.from_numpy((rng.random(groups) * 0.1 + 0.01).astype(np.float16))
-    return format_.quantized(codes((rows, columns)), scales, None if format_.symmetric else codes(groups))
+INTEGERS = ["w1g32", "w2g16", "w3g64-sym", "w4g48", "w5channel", "w6g96", "w7g128-sym", "w8g64"]
+LEVELS = ["nf2g64", "nf3g32", "nf4channel", "nf4g64-offset"]
+SPARSE = ["s24w2channel-hw", "s24w4g64-hw", "s24w8g32-hw"]
+TRELLIS = ["tcq1", "tcq2g64", "tcq3", "tcq3-l8", "tcq4-l16"]
 
 
 # ---- the layout ---------------------------------------------------------------------------------
@@ -75,11 +71,10 @@ def code_at(words: Any, layout: Layout, row: int, column: int) -> int:
     return found
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", INTEGERS + LEVELS)
 @pytest.mark.parametrize(("rows", "columns"), [(18, 96), (5, 1120), (16, 50)])
 def test_codes_lie_as_the_layout_says(name: str, rows: int, columns: int) -> None:
     format_ = parse_format(name).fit(columns)
-    assert isinstance(format_, IntegerFormat)
     weight = random_weight(format_, rows, columns)
     if format_.group % 16:
         with pytest.raises(CompileError, match="there is no CUDA kernel for groups of"):
@@ -94,13 +89,84 @@ def test_codes_lie_as_the_layout_says(name: str, rows: int, columns: int) -> Non
     assert not packed["scales"].transpose(0, 2, 1).reshape(-1, layout.groups)[rows:].any()
 
 
+def codes_of_column(words: Any, layout: Layout, four: int, column: int) -> int:
+    """The number that the codes of four rows are."""
+    chunk, bit = column // 32, column % 32 * 4 * layout.bits
+    strip = chunk // 32
+    width = min(32, layout.chunks - 32 * strip)
+    base = strip * 32 * layout.bits * 4 + chunk % 32 * 4
+    found = 0
+    for i in range(4 * layout.bits):
+        number = (bit + i) // 32
+        word = int(words[four, base + number // 4 * 4 * width + number % 4]) & 0xFFFFFFFF
+        found |= (word >> ((bit + i) % 32) & 1) << i
+    return found
+
+
+@pytest.mark.parametrize("name", TRELLIS)
+@pytest.mark.parametrize(("rows", "columns"), [(16, 96), (272, 1120), (768, 50)])
+def test_the_codes_of_a_column_lie_together(name: str, rows: int, columns: int) -> None:
+    format_ = parse_format(name).fit(columns)
+    assert isinstance(format_, TrellisFormat)
+    weight = random_weight(format_, rows, columns)
+    packed, layout = pack(weight), layout_of(format_, rows, columns)
+    assert {n: (a.shape, str(a.dtype)) for n, a in packed.items()} == layout.parts
+    codes = unpack(weight.parts["packed"], format_.bits, rows).numpy().astype(int)
+    rng = np.random.default_rng(1)
+    for four, column in zip(rng.integers(0, rows // 4, 50), rng.integers(0, columns, 50), strict=True):
+        first, second, third, last = codes[column, 4 * four : 4 * four + 4]
+        wanted = ((first << format_.bits | second) << format_.bits | third) << format_.bits | last
+        assert codes_of_column(packed["codes"], layout, int(four), int(column)) == wanted
+
+
+@pytest.mark.parametrize("name", SPARSE)
+@pytest.mark.parametrize(("rows", "columns"), [(18, 96), (5, 1120), (16, 52)])
+def test_kept_codes_and_positions_lie_together(name: str, rows: int, columns: int) -> None:
+    format_ = parse_format(name).fit(columns)
+    assert isinstance(format_, TwoFourFormat)
+    weight = random_weight(format_, rows, columns)
+    packed, layout = pack(weight), layout_of(format_, rows, columns)
+    assert {n: (a.shape, str(a.dtype)) for n, a in packed.items()} == layout.parts
+    bits, width = layout.bits, format_.width
+    rng = np.random.default_rng(1)
+    for row, group in zip(rng.integers(0, rows, 50), rng.integers(0, columns // 4, 50), strict=True):
+        # a group of four is as many bits as four codes of `bits` bits, from its first input on
+        own = sum(
+            code_at(packed["codes"], layout, int(row), 4 * int(group) + i) << i * bits for i in range(4)
+        )
+        kept = [own >> i * width & ((1 << width) - 1) for i in range(2)]
+        assert kept == weight.parts["codes"][row, 2 * group : 2 * group + 2].tolist()
+        assert (own >> 2 * width & 3, own >> 2 * width + 2) == PATTERNS[weight.parts["patterns"][row, group]]
+
+
+def test_patterns_and_odd_widths_have_no_kernel() -> None:
+    device = CudaDevice(gpu=False)
+    taken = {name: device.takes(parse_format(name)) for name in ("s24w4g64-hw", "s24w4g64", "s24w3g64-hw")}
+    assert taken == {"s24w4g64-hw": True, "s24w4g64": False, "s24w3g64-hw": False}
+    assert not any(device.takes(parse_format(name)) for name in ("s24f16-hw", "nf4g64-dq", "fdb2g64"))
+    for name in taken:
+        fits = load_target("cuda").fit(parse_format(name), BLOCK, 64) is not None
+        assert fits == taken[name]
+
+
+def test_rows_that_fill_no_block_are_refused() -> None:
+    with pytest.raises(CompileError, match="tcq2 has a CUDA kernel for multiples of 16 rows, not for 40"):
+        layout_of(parse_format("tcq2"), 40, 64)
+    for name in BOARDS:
+        target = load_target(name)
+        assert target.fit(parse_format("tcq2"), BLOCK, 64, rows=48) == parse_format("tcq2")
+        assert target.fit(parse_format("tcq2"), BLOCK, 64, rows=40) is None
+
+
 @pytest.mark.parametrize("board", BOARDS)
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", INTEGERS + LEVELS + SPARSE + TRELLIS)
 def test_the_cost_model_knows_the_bytes(board: str, name: str) -> None:
     target = load_target(board)
     for rows, columns in ((50, 96), (512, 192)):
+        if name in TRELLIS:
+            rows = -(-rows // 16) * 16
         format_ = target.fit(parse_format(name), BLOCK, columns)
-        assert isinstance(format_, IntegerFormat)
+        assert format_ is not None
         sizes = [a.nbytes for a in pack(random_weight(format_, rows, columns)).values()]
         assert stored_bytes(rows, columns, format_, target) == sum(-(-n // 64) * 64 for n in sizes)
 
@@ -139,12 +205,22 @@ def check(y: Any, x: Any, weight: Quantized, *more: Any) -> None:
     assert np.abs(y - wanted).max() < 3e-6 * (np.abs(x) @ np.abs(w).T).max()
 
 
-@pytest.mark.parametrize("name", FORMATS)
+# rows that fill no block; inputs that fill no strip, no chunk and, in fours, no load
+SIZES = [(18, 1120, 1), (35, 50, 3)]
+SIZES_OF_FOURS = [(18, 1120, 1), (35, 52, 3)]
+# one tile and three; a trellis takes whole blocks
+SIZES_OF_TILES = [(32, 1120, 1), (48, 50, 3), (592, 96, 1)]
+
+
+def sizes(name: str) -> list[tuple[int, int, int]]:
+    return SIZES_OF_TILES if name in TRELLIS else SIZES_OF_FOURS if name in SPARSE else SIZES
+
+
+@pytest.mark.parametrize("name", INTEGERS + LEVELS + SPARSE + TRELLIS)
 def test_products(name: str) -> None:
-    # rows that fill no block; inputs that fill no strip, no chunk and, in fours, no load
-    for rows, columns, tokens in ((18, 1120, 1), (35, 50, 3)):
+    for rows, columns, tokens in sizes(name):
         format_ = load_target("cuda").fit(parse_format(name), BLOCK, columns)
-        assert isinstance(format_, IntegerFormat)
+        assert format_ is not None
         weight, rng = random_weight(format_, rows, columns), np.random.default_rng(2)
         x, residual = (rng.standard_normal((tokens, n)).astype(np.float32) for n in (columns, rows))
         bias = rng.standard_normal(rows).astype(np.float32)
@@ -154,13 +230,15 @@ def test_products(name: str) -> None:
         check(y, x, weight, bias, residual)
 
 
-def test_gate_and_up_of_two_formats() -> None:
-    formats = [parse_format(name) for name in ("w3g32", "w4g64-sym")]
-    weights = [random_weight(f, 24, 192) for f in formats if isinstance(f, IntegerFormat)]
+@pytest.mark.parametrize(
+    "names", [("w3g32", "w4g64-sym"), ("nf4g64", "nf3g32-offset"), ("tcq2", "s24w4g64-hw")]
+)
+def test_gate_and_up_of_two_formats(names: tuple[str, str]) -> None:
+    weights = [random_weight(parse_format(name), 32, 192, seed) for seed, name in enumerate(names)]
     x = np.random.default_rng(3).standard_normal((5, 192)).astype(np.float32)
     device = CudaDevice(gpu=False)
-    func = device.gated(None, (weights[0].format, weights[1].format), 24, 192, "silu")  # type: ignore[arg-type]
-    y = run(func, [x, *pack(weights[0]).values(), *pack(weights[1]).values()], (5, 24))
+    func = device.gated(None, (weights[0].format, weights[1].format), 32, 192, "silu")  # type: ignore[arg-type]
+    y = run(func, [x, *pack(weights[0]).values(), *pack(weights[1]).values()], (5, 32))
     gate, up = (torch.from_numpy(x) @ w.dequantize().float().T for w in weights)
     wanted = (torch.nn.functional.silu(gate) * up).numpy()
     assert np.abs(y - wanted).max() < 1e-5 * np.abs(wanted).max()

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeGuard
 
-from gammac.formats import Format, IntegerFormat
+from gammac.formats import Format
 from gammac.targets.tvm.cuda import attention, products, rows
-from gammac.targets.tvm.cuda.layout import layout_of, pack
+from gammac.targets.tvm.cuda.layout import layout_of, pack, runs
 from gammac.targets.tvm.kernels import Branch, Packable
 from gammac.targets.tvm.params import Array
 
@@ -33,7 +33,7 @@ class CudaDevice:
 
     def takes(self, format_: Format) -> TypeGuard[Packable]:
         """See `Device`."""
-        return isinstance(format_, IntegerFormat)
+        return runs(format_)
 
     def linear(
         self,

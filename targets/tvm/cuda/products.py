@@ -1,20 +1,18 @@
 """Products with packed weights: a warp takes four rows of the weight, its threads chunks of 32 inputs.
 
-    y[row] = Σ_group scale (Σ x code − zero Σ x)
+    y[row] = Σ_group scale (factor Σ x f − offset Σ x)
 
-A code is not converted to a float: a shift and a logical operation put its bits below the exponent of 1,
-which gives f = 1 + code / 2^bits, and
-
-    Σ x code = 2^bits (Σ x f − Σ x)
-
-Inputs are read through shared memory, for a tile of tokens at once; sums are f32. A prompt's tile has 8
-tokens, for each of which a code is used that was unpacked once.
+What f is, the number that a code is unpacked to, is told in `chunks`. Inputs are read through shared memory,
+for a tile of tokens at once; sums are f32 and end in shuffles. A tile of a prompt has 8 tokens, and a code
+that was unpacked once is used for each of them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from gammac.formats import IntegerFormat, TwoFourFormat
+from gammac.targets.tvm.cuda.chunks import PITCH, Staged, chunk_type, table_of
 from gammac.targets.tvm.cuda.grid import WARP, Grid, Registers, blocks, over_lanes, when
 from gammac.targets.tvm.cuda.layout import CHUNK, FOUR, WARPS, Layout
 from gammac.targets.tvm.tir.elementwise import FUNCTIONS
@@ -23,14 +21,11 @@ from gammac.targets.tvm.tir.vectors import T, add, kernel, rows_of
 
 Expr = Any
 
-# floats of a chunk in shared memory: 4 more than it has, so that 8 threads read 16 bytes from as many banks
-PITCH: Final = CHUNK + 4
 TOKENS: Final = 8
 GATED_TOKENS: Final = 4  # two weights' sums
+SPARSE_TOKENS: Final = 2  # of 2:4 weights, which take more registers to unpack
 # chunks of inputs in shared memory at once: 18 kB for a token, 36 kB for eight
 CHUNKS_OF_ONE, CHUNKS_OF_MANY = 128, 32
-ONE: Final = 0x3F800000
-MANTISSA: Final = 23
 
 
 def linear(rows: int | None, layout: Layout, bias: bool, residual: bool, *, device: bool) -> Any:
@@ -47,7 +42,8 @@ def linear(rows: int | None, layout: Layout, bias: bool, residual: bool, *, devi
             value = value if added is None else value + added[row]
             T.buffer_store(y, value if stream is None else value + stream[token, row], [token, row])
 
-        _product(Job(layout.rows, 1 if rows == 1 else TOKENS), x, n, [(layout, parts)], write, device)
+        job = Job(layout.rows, 1 if rows == 1 else _tokens([layout], TOKENS))
+        _product(job, x, n, [(layout, parts)], write, device)
     return k.primfunc
 
 
@@ -62,9 +58,14 @@ def gated(rows: int | None, layouts: tuple[Layout, Layout], activation: str, *, 
         def write(token: Expr, row: Expr, sums: list[Expr]) -> None:
             T.buffer_store(y, FUNCTIONS[activation](sums[0], lanes=1) * sums[1], [token, row])
 
-        job = Job(layouts[0].rows, 1 if rows == 1 else GATED_TOKENS)
+        job = Job(layouts[0].rows, 1 if rows == 1 else _tokens(layouts, GATED_TOKENS))
         _product(job, x, n, weights, write, device)
     return k.primfunc
+
+
+def _tokens(layouts: Sequence[Layout], most: int) -> int:
+    """Tokens of a tile of a prompt, so that no register is spilled."""
+    return SPARSE_TOKENS if any(isinstance(own.format, TwoFourFormat) for own in layouts) else most
 
 
 def _parts(k: Any, layout: Layout, suffix: str = "") -> dict[str, Any]:
@@ -110,9 +111,13 @@ def _sums(g: Grid, x: Any, token: list[Expr], weights: Weights) -> list[Register
     at_once = min(strips, (CHUNKS_OF_ONE if tokens == 1 else CHUNKS_OF_MANY) // WARP)
     staged = Staged(g.shared(tokens * at_once * WARP * PITCH), at_once * WARP, tokens)
     totals = [g.registers(FOUR * tokens) for _ in weights]
+    tables = [table_of(g, own) for own, _ in weights]
     with g.threads(barrier=False):
         for total in totals:
             total.fill(0.0)
+        for table in tables:
+            if table is not None:
+                table.fill()
     with T.serial(0, -(-strips // at_once)) as part:
         with g.threads():
             staged.fill(g, x, token, part)
@@ -120,8 +125,8 @@ def _sums(g: Grid, x: Any, token: list[Expr], weights: Weights) -> list[Register
             strip, lane = T.Bind(part * at_once + step), T.Bind(t % WARP)
             inside = strip * WARP + lane < layout.chunks if layout.chunks % (at_once * WARP) else None
             four = T.Bind(g.block[0] * WARPS + t // WARP)
-            for (own, parts), total in zip(weights, totals, strict=True):
-                chunk = Chunk(g, own, parts, four, strip, lane)
+            for (own, parts), table, total in zip(weights, tables, totals, strict=True):
+                chunk = chunk_type(own)(g, own, parts, four, strip, lane, table)
                 when(inside, lambda chunk=chunk, total=total: chunk.add(  # type: ignore[misc]
                     staged, step * WARP + lane, total))  # fmt: skip
     for total in totals:
@@ -129,145 +134,10 @@ def _sums(g: Grid, x: Any, token: list[Expr], weights: Weights) -> list[Register
     return totals
 
 
-@dataclass(frozen=True, eq=False)
-class Staged:
-    """Inputs in shared memory: [tokens, chunks, 32 and 4 left out]."""
-
-    buffer: Any
-    chunks: int
-    tokens: int
-
-    def fill(self, g: Grid, x: Any, token: list[Expr], part: Expr) -> None:
-        """Read as many chunks as fit from x, zeros behind its end."""
-        columns = int(x.shape[1])
-        lanes = 4 if columns % 4 == 0 else 1
-        whole = columns % (self.chunks * CHUNK) == 0
-
-        def one(j: int, i: Expr) -> None:
-            column = T.Bind(part * (self.chunks * CHUNK) + i * lanes)
-            to = j * self.chunks * PITCH + i * lanes // CHUNK * PITCH + i * lanes % CHUNK
-            if whole:
-                self._copy(to, x[token[j], _ramp(column, lanes)], lanes)
-                return
-            with T.If(column < columns):
-                with T.Then():
-                    self._copy(to, x[token[j], _ramp(column, lanes)], lanes)
-                with T.Else():
-                    self._copy(to, T.broadcast(T.float32(0), lanes) if lanes > 1 else T.float32(0), lanes)
-
-        for j in range(self.tokens):
-            g.each(self.chunks * CHUNK // lanes, lambda i, j=j: one(j, i))  # type: ignore[misc]
-
-    def _copy(self, to: Expr, value: Expr, lanes: int) -> None:
-        T.buffer_store(self.buffer, value, [_ramp(to, lanes)])
-
-    def four(self, j: int, chunk: Expr, k: int) -> Expr:
-        """Four inputs of token j from input k of a chunk on."""
-        return self.buffer[_ramp(j * self.chunks * PITCH + chunk * PITCH + k, 4)]
-
-
-def _ramp(start: Expr, lanes: int) -> Expr:
-    return T.ramp(start, 1, lanes) if lanes > 1 else start
-
-
-class Chunk:
-    """32 inputs of four rows, in one thread: loads of 16 bytes, as many as a code has bits."""
-
-    def __init__(
-        self, g: Grid, layout: Layout, parts: Mapping[str, Any], four: Expr, strip: Expr, lane: Expr
-    ) -> None:
-        self.g, self.layout, self.parts = g, layout, parts
-        self.four, self.strip, self.lane = four, strip, lane
-
-    def add(self, staged: Staged, at: Expr, total: Registers) -> None:
-        """Add its part of the sums; `at` is its place among the chunks in shared memory."""
-        self._load()
-        tokens = staged.tokens
-        sums, plain = self.g.locals(FOUR * tokens), self.g.locals(tokens)
-        for begin in range(0, CHUNK, self.layout.segment):
-            _clear(sums, FOUR * tokens)
-            _clear(plain, tokens)
-            for k in range(begin, begin + self.layout.segment, FOUR):
-                self._multiply(k, staged, at, sums, plain)
-            self._scale(begin, tokens, sums, plain, total)
-
-    def _load(self) -> None:
-        layout, bits = self.layout, self.layout.bits
-        width: Expr = WARP
-        if layout.chunks % WARP:
-            width = T.Bind(T.min(WARP, layout.chunks - self.strip * WARP))
-        base = T.Bind(self.strip * (WARP * bits * FOUR) + self.lane * FOUR)
-        self.words = self.g.locals(FOUR * bits, "int32")
-        for i in range(bits):
-            word = self.parts["codes"][self.four, T.ramp(base + i * FOUR * width, 1, FOUR)]
-            T.buffer_store(self.words, word, [T.ramp(FOUR * i, 1, FOUR)])
-
-    def _multiply(self, k: int, staged: Staged, at: Expr, sums: Any, plain: Any) -> None:
-        """Add x times the codes of four inputs to the sums, and x alone to the plain ones: codes are unpacked
-        once, then one token after the other, which takes the fewest registers."""
-        codes = [[self._code(row, k + q) for row in range(FOUR)] for q in range(FOUR)]
-        x = self.g.locals(FOUR)
-        for j in range(staged.tokens):
-            T.buffer_store(x, staged.four(j, at, k), [T.ramp(0, 1, FOUR)])
-            for q in range(FOUR):
-                T.buffer_store(plain, plain[j] + x[q], [j])
-                for row in range(FOUR):
-                    i = row * staged.tokens + j
-                    T.buffer_store(sums, sums[i] + codes[q][row] * x[q], [i])
-
-    def _code(self, row: int, k: int) -> Expr:
-        return T.Bind(_above_one(lambda i: self.words[FOUR * i + row], k, self.layout.bits))
-
-    def _scale(self, begin: int, tokens: int, sums: Any, plain: Any, total: Registers) -> None:
-        layout, factor = self.layout, T.float32(1 << self.layout.bits)
-        column = (self.strip * WARP + self.lane) * CHUNK + begin
-        group = 0 if layout.groups == 1 else T.Bind(column // layout.group)
-        scales, zeros = self.g.locals(FOUR, "float16"), None
-        T.buffer_store(
-            scales, self.parts["scales"][self.four, group, T.ramp(0, 1, FOUR)], [T.ramp(0, 1, FOUR)]
-        )
-        if "zeros" in self.parts:
-            zeros = self.g.locals(FOUR, "uint8")
-            T.buffer_store(
-                zeros, self.parts["zeros"][self.four, group, T.ramp(0, 1, FOUR)], [T.ramp(0, 1, FOUR)]
-            )
-        for row in range(FOUR):
-            scale = T.Bind(T.cast(scales[row], "float32"))
-            zero = T.float32(layout.format.midpoint) if zeros is None else T.cast(zeros[row], "float32")
-            offset = T.Bind(zero + factor)
-            for j in range(tokens):
-                i = row * tokens + j
-                total.set(i, total.get(i) + scale * (sums[i] * factor - offset * plain[j]))
-
-
-def _clear(buffer: Any, count: int) -> None:
-    for i in range(count):
-        T.buffer_store(buffer, T.float32(0), [i])
-
-
-def _above_one(word: Callable[[int], Expr], k: int, bits: int) -> Expr:
-    """1 + code / 2^bits as f32, of code k in words of 32 bits."""
-    number, start = divmod(k * bits, 32)
-    low = min(bits, 32 - start)  # bits of it that the word has; the others are in the next one
-    place = MANTISSA - bits
-    found = _moved(word(number), start, place, low)
-    if low < bits:
-        found = found | _moved(word(number + 1), 0, place + low, bits - low)
-    return T.reinterpret("float32", found | T.int32(ONE))
-
-
-def _moved(word: Expr, start: int, to: int, bits: int) -> Expr:
-    """`bits` bits from bit `start` on, moved to bit `to`."""
-    if start > to:
-        word = word >> T.int32(start - to)
-    elif to > start:
-        word = word << T.int32(to - start)
-    return word & T.int32(((1 << bits) - 1) << to)
-
-
 def packed_rows(rows: int | None, layout: Layout, *, device: bool) -> Any:
     """(ids i64 [rows, 1], codes, scales, zeros) → y [rows, columns]: rows of the table, dequantized."""
-    bits = layout.bits
+    bits, format_ = layout.bits, layout.format
+    assert isinstance(format_, IntegerFormat), f"{format_.name} has no CUDA kernel for tables"
     with kernel() as k:
         n = rows_of(rows)
         ids, parts = k.arg("ids", (n, 1), "int64"), _parts(k, layout)
@@ -293,7 +163,7 @@ def packed_rows(rows: int | None, layout: Layout, *, device: bool) -> Any:
                 )
                 code = T.cast(both >> T.cast(bit % 32, "uint64"), "int32") & T.int32((1 << bits) - 1)
                 place = (four, column // layout.group, lane)
-                zero = T.cast(parts["zeros"][place], "int32") if "zeros" in parts else layout.format.midpoint
+                zero = T.cast(parts["zeros"][place], "int32") if "zeros" in parts else format_.midpoint
                 value = T.cast(code - zero, "float32") * T.cast(parts["scales"][place], "float32")
                 T.buffer_store(y, value, [row, column])
 
