@@ -1,11 +1,23 @@
 """Recipes: options of a compile that go well together, by what they cost."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Final
 
-# recipe → fields of Choices that differ from the defaults; docs/results.md has what each step gains
+from gammac.formats.trellis import TRELLIS
+
+FAST, BALANCED, BEST = "fast", "balanced", "best"
+# recipe → options of `compile` that differ from the defaults; docs/results.md has what each step gains
 RECIPES: Final[Mapping[str, Mapping[str, object]]] = {
-    "fast": {"strategy": "fisher"},
-    "balanced": {},
-    "best": {"guided": True, "learn_rounding": True, "distill": True},
+    FAST: {"strategy": "fisher"},
+    BALANCED: {},
+    BEST: {"guided": True, "learn_rounding": True, "distill": True},
 }
+# the best where kernels read trellis codes: what fisher's scores make of them leads all else by far
+BEST_TRELLIS: Final[Mapping[str, object]] = {
+    "strategy": "fisher", "rotate": True, "quantizer": "tcq", "formats": "tcq2,tcq3,tcq4",
+}  # fmt: skip
+
+
+def recipe(name: str, kinds: Collection[str]) -> Mapping[str, object]:
+    """The options of a recipe on a target that runs these kinds of formats."""
+    return BEST_TRELLIS if name == BEST and TRELLIS in kinds else RECIPES[name]

@@ -7,7 +7,8 @@ import pytest
 
 from gammac.cli.compile import _follow_recipe, compile_command
 from gammac.passes import Choices, default_pipeline
-from gammac.passes.recipes import RECIPES
+from gammac.passes.recipes import BEST_TRELLIS, RECIPES
+from gammac.targets.target import load_target
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -30,14 +31,25 @@ def chosen(*arguments: str) -> dict[str, Any]:
 
 
 def test_a_recipe_sets_what_was_left_open() -> None:
-    best = chosen("--recipe", "best")
+    best = chosen("--recipe", "best", "--backend", "onnx")
     assert best["learn_rounding"] and best["distill"] and best["guided"] and best["strategy"] == "gamma"
     assert chosen("--recipe", "fast")["strategy"] == "fisher"
     assert not chosen()["learn_rounding"]
 
 
+def test_the_best_is_trellis_codes_where_a_kernel_reads_them() -> None:
+    for target in ("cpu-x86-avx512", "cpu-x86-avx2", "cuda"):
+        found = chosen("--recipe", "best", "--target", target, "--backend", "tvm")
+        assert {name: found[name] for name in BEST_TRELLIS} == BEST_TRELLIS and not found["learn_rounding"]
+    # ARM's targets list no such kernel, and who chooses formats gets a quantizer of those
+    for more in (("--target", "edge"), ("--target", "cuda", "--formats", "w3g64")):
+        found = chosen("--recipe", "best", *more)
+        assert load_target(found["target"]).emitter == "tvm"
+        assert found["quantizer"] == "gptq" and found["learn_rounding"] and not found["rotate"]
+
+
 def test_what_the_user_says_holds() -> None:
-    found = chosen("--recipe", "best", "--no-learn-rounding", "--strategy", "hawq")
+    found = chosen("--recipe", "best", "--backend", "onnx", "--no-learn-rounding", "--strategy", "hawq")
     assert not found["learn_rounding"] and found["distill"] and found["strategy"] == "hawq"
     # even where it is the default
     assert chosen("--recipe", "fast", "--strategy", "gamma")["strategy"] == "gamma"

@@ -33,6 +33,9 @@ class StrategyOption(click.Option):
         return super().get_help_record(ctx)
 
 
+WHAT_CODES_ARE: Final = ("formats", "quantizer", "activations", "sparsity")
+
+
 @click.command("compile")
 @click.argument("model")
 @click.option(
@@ -45,8 +48,9 @@ class StrategyOption(click.Option):
 @click.option(
     "--recipe",
     type=click.Choice(["fast", "balanced", "best"]),
-    help="Options that go well together: fast (fisher), balanced (gamma, the defaults), best (gamma on "
-    "guided Gram matrices, then learned rounding and distillation). What you choose yourself holds.",
+    help="Options that go well together: fast (fisher), balanced (gamma, the defaults), best (rotated "
+    "trellis codes, allocated by fisher, where TVM runs them; else gamma on guided Gram matrices, then "
+    "learned rounding and distillation). What you choose yourself holds.",
 )
 @click.option("--strategy", cls=StrategyOption, default="gamma", show_default=True)
 @click.option(
@@ -147,11 +151,17 @@ def compile_command(**options: Any) -> None:
 
 def _follow_recipe(options: dict[str, Any]) -> None:
     """Set what the recipe says where the user said nothing."""
-    from gammac.passes.recipes import RECIPES
+    from gammac.passes.recipes import recipe
+    from gammac.targets.target import BLOCK, load_target
 
-    context = click.get_current_context()
-    for name, value in RECIPES[options["recipe"]].items() if options["recipe"] else ():
-        if context.get_parameter_source(name) == click.core.ParameterSource.DEFAULT:
+    if not options["recipe"]:
+        return
+    source = click.get_current_context().get_parameter_source
+    left_open = {name for name in options if source(name) == click.core.ParameterSource.DEFAULT}
+    target = load_target(options["target"], options["backend"] or None)
+    kinds = target.kinds(BLOCK, compiler=True) if left_open.issuperset(WHAT_CODES_ARE) else ()
+    for name, value in recipe(options["recipe"], kinds).items():
+        if name in left_open:
             options[name] = value
 
 
