@@ -110,7 +110,7 @@ def test_an_artifact_says_the_classes_that_the_trained_model_does(tmp_path: Path
     run = CliRunner().invoke
     done = run(main, [
         "finetune", str(tmp_path / "model"), "--task", "classification", "--text", str(text),
-        "--tokens", "16000", "--batch", "8", "--rate", "3e-3", "--formats", "w4g32,w8g32", "--table-format",
+        "--tokens", "24000", "--batch", "8", "--rate", "3e-3", "--formats", "w4g32,w8g32", "--table-format",
         "w8g32", "--average-bits", "6", "--target", "cpu-x86", "-o", str(tmp_path / "out"), *cache,
     ])  # fmt: skip
     assert done.exit_code == 0, done.output
@@ -131,7 +131,9 @@ def test_an_artifact_says_the_classes_that_the_trained_model_does(tmp_path: Path
     by_transformers = TransformersSession(tmp_path / "out").logits(ids)
     by_artifact = open_session(tmp_path / "artifact").logits(ids)
     assert by_artifact.shape == by_transformers.shape == (1, 2)
-    assert abs(by_artifact - by_transformers).max() < 0.05 * abs(by_transformers).max() + 0.05
+    # products take int8 in the artifact, which moves a class's probability by a few hundredths
+    says, wanted = (torch.from_numpy(logits).softmax(-1) for logits in (by_artifact, by_transformers))
+    assert float((says - wanted).abs().max()) < 0.05
 
 
 def test_a_head_for_other_labels_is_refused_and_one_for_these_is_kept(tmp_path: Path) -> None:
