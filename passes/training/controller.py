@@ -110,7 +110,7 @@ class Controller:
 
     def layers(self, weights: Mapping[str, Tensor]) -> Layers:
         """Each group's formats with S · ε and C. ε is the weight's relative squared rounding error."""
-        found = sensitivities({n: self._layer(n, weights[n]) for n in self.names}, *self.options.weights)
+        found = sensitivities({n: self.layer(n, weights[n]) for n in self.names}, *self.options.weights)
         layers = []
         for names, formats, prices in zip(self.groups, self.offered, self.prices, strict=True):
             noise = [sum(found[n] * relative_error(weights[n], f, self.options.clip) for n in names)
@@ -121,7 +121,8 @@ class Controller:
             return reversed_errors(layers, [sum(found[n] for n in names) for names in self.groups])
         return layers
 
-    def _layer(self, name: str, weight: Tensor) -> Layer:
+    def layer(self, name: str, weight: Tensor) -> Layer:
+        """What was learnt of one, and its weight as it is now."""
         return Layer(
             self.variances[name], float(weight.square().sum()), self.sizes[name], self.errors[name],
             self.distortions.get(name, 0.0),
