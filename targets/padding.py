@@ -53,7 +53,7 @@ def warp_bytes(rows: int, columns: int, format_: OnWarps, scale_bytes: int) -> i
     return _padded_bytes(padded, wide, format_, format_.groups(columns), scale_bytes)
 
 
-def _padded_bytes(rows: int, columns: int, format_: Packed | OnWarps, groups: int, scale_bytes: int) -> int:
+def _padded_bytes(rows: int, columns: int, format_: OnWarps, groups: int, scale_bytes: int) -> int:
     """Codes, scales, and zeros of a byte or offsets, each rounded up to the alignment."""
     symmetric = not isinstance(format_, IntegerFormat) or format_.symmetric
     zeros, scales = 0 if symmetric else rows * groups, rows * groups * scale_bytes

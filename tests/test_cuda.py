@@ -16,7 +16,7 @@ from test_tvm import EXACT, differences, legal
 
 from gammac.budget import parse_budgets
 from gammac.diagnostics import CompileError
-from gammac.formats import IntegerFormat, Quantized, TrellisFormat, TwoFourFormat, parse_format
+from gammac.formats import IntegerFormat, Quantized, TwoFourFormat, parse_format
 from gammac.formats.trellis import unpack
 from gammac.formats.two_four import PATTERNS
 from gammac.ir import Module
@@ -55,33 +55,44 @@ SPARSE = ["s24w2channel-hw", "s24w4g64-hw", "s24w8g32-hw"]
 TRELLIS = ["tcq1", "tcq2g64", "tcq3", "tcq3-l8", "tcq4-l16"]
 
 
+def packed_weight(name: str, rows: int, columns: int) -> tuple[Quantized, dict[str, Any], Layout]:
+    """A weight as kernels read it; the arrays are those that the layout promises."""
+    weight = random_weight(parse_format(name).fit(columns), rows, columns)
+    packed, layout = pack(weight), layout_of(weight.format, rows, columns)
+    assert {n: (a.shape, str(a.dtype)) for n, a in packed.items()} == layout.parts
+    return weight, packed, layout
+
+
 # ---- the layout ---------------------------------------------------------------------------------
 
 
-def code_at(words: Any, layout: Layout, row: int, column: int) -> int:
-    """One code, read as the layout's head says."""
-    chunk, bit = column // 32, column % 32 * layout.bits
+def chunk_words(words: Any, layout: Layout, four: int, chunk: int) -> Any:
+    """The words of 32 inputs of a four, [loads, 4], read as the layout's head says."""
     strip = chunk // 32
     width = min(32, layout.chunks - 32 * strip)
-    base = strip * 32 * layout.bits * 4 + chunk % 32 * 4 + row % 4
-    found = 0
-    for i in range(layout.bits):
-        word = int(words[row // 4, base + (bit + i) // 32 * 4 * width]) & 0xFFFFFFFF
-        found |= (word >> ((bit + i) % 32) & 1) << i
-    return found
+    first = strip * 32 * layout.bits * 4 + chunk % 32 * 4
+    return np.stack([words[four, first + load * 4 * width :][:4] for load in range(layout.bits)])
+
+
+def bits_at(words: Any, first: int, count: int) -> int:
+    """Some bits of words that follow one another."""
+    return int.from_bytes(words.tobytes(), "little") >> first & ((1 << count) - 1)
+
+
+def code_at(words: Any, layout: Layout, row: int, column: int) -> int:
+    """One code."""
+    own = chunk_words(words, layout, row // 4, column // 32)[:, row % 4]
+    return bits_at(own, column % 32 * layout.bits, layout.bits)
 
 
 @pytest.mark.parametrize("name", INTEGERS + LEVELS)
 @pytest.mark.parametrize(("rows", "columns"), [(18, 96), (5, 1120), (16, 50)])
 def test_codes_lie_as_the_layout_says(name: str, rows: int, columns: int) -> None:
-    format_ = parse_format(name).fit(columns)
-    weight = random_weight(format_, rows, columns)
-    if format_.group % 16:
+    if parse_format(name).fit(columns).group % 16:
         with pytest.raises(CompileError, match="there is no CUDA kernel for groups of"):
-            pack(weight)
+            packed_weight(name, rows, columns)
         return
-    packed, layout = pack(weight), layout_of(format_, rows, columns)
-    assert {n: (a.shape, str(a.dtype)) for n, a in packed.items()} == layout.parts
+    weight, packed, layout = packed_weight(name, rows, columns)
     rng = np.random.default_rng(1)
     for row, column in zip(rng.integers(0, rows, 50), rng.integers(0, columns, 50), strict=True):
         assert code_at(packed["codes"], layout, int(row), int(column)) == weight.codes[row, column]
@@ -89,54 +100,35 @@ def test_codes_lie_as_the_layout_says(name: str, rows: int, columns: int) -> Non
     assert not packed["scales"].transpose(0, 2, 1).reshape(-1, layout.groups)[rows:].any()
 
 
-def codes_of_column(words: Any, layout: Layout, four: int, column: int) -> int:
-    """The number that the codes of four rows are."""
-    chunk, bit = column // 32, column % 32 * 4 * layout.bits
-    strip = chunk // 32
-    width = min(32, layout.chunks - 32 * strip)
-    base = strip * 32 * layout.bits * 4 + chunk % 32 * 4
-    found = 0
-    for i in range(4 * layout.bits):
-        number = (bit + i) // 32
-        word = int(words[four, base + number // 4 * 4 * width + number % 4]) & 0xFFFFFFFF
-        found |= (word >> ((bit + i) % 32) & 1) << i
-    return found
-
-
 @pytest.mark.parametrize("name", TRELLIS)
 @pytest.mark.parametrize(("rows", "columns"), [(16, 96), (272, 1120), (768, 50)])
 def test_the_codes_of_a_column_lie_together(name: str, rows: int, columns: int) -> None:
-    format_ = parse_format(name).fit(columns)
-    assert isinstance(format_, TrellisFormat)
-    weight = random_weight(format_, rows, columns)
-    packed, layout = pack(weight), layout_of(format_, rows, columns)
-    assert {n: (a.shape, str(a.dtype)) for n, a in packed.items()} == layout.parts
-    codes = unpack(weight.parts["packed"], format_.bits, rows).numpy().astype(int)
+    weight, packed, layout = packed_weight(name, rows, columns)
+    bits = layout.bits
+    codes = unpack(weight.parts["packed"], bits, rows).numpy().astype(int)
     rng = np.random.default_rng(1)
     for four, column in zip(rng.integers(0, rows // 4, 50), rng.integers(0, columns, 50), strict=True):
         first, second, third, last = codes[column, 4 * four : 4 * four + 4]
-        wanted = ((first << format_.bits | second) << format_.bits | third) << format_.bits | last
-        assert codes_of_column(packed["codes"], layout, int(four), int(column)) == wanted
+        wanted = ((first << bits | second) << bits | third) << bits | last
+        words = chunk_words(packed["codes"], layout, four, int(column) // 32)
+        assert bits_at(words, int(column) % 32 * 4 * bits, 4 * bits) == wanted
 
 
 @pytest.mark.parametrize("name", SPARSE)
 @pytest.mark.parametrize(("rows", "columns"), [(18, 96), (5, 1120), (16, 52)])
 def test_kept_codes_and_positions_lie_together(name: str, rows: int, columns: int) -> None:
-    format_ = parse_format(name).fit(columns)
-    assert isinstance(format_, TwoFourFormat)
-    weight = random_weight(format_, rows, columns)
-    packed, layout = pack(weight), layout_of(format_, rows, columns)
-    assert {n: (a.shape, str(a.dtype)) for n, a in packed.items()} == layout.parts
-    bits, width = layout.bits, format_.width
+    weight, packed, layout = packed_weight(name, rows, columns)
+    assert isinstance(weight.format, TwoFourFormat)
+    width = weight.format.width
     rng = np.random.default_rng(1)
     for row, group in zip(rng.integers(0, rows, 50), rng.integers(0, columns // 4, 50), strict=True):
-        # a group of four is as many bits as four codes of `bits` bits, from its first input on
-        own = sum(
-            code_at(packed["codes"], layout, int(row), 4 * int(group) + i) << i * bits for i in range(4)
-        )
-        kept = [own >> i * width & ((1 << width) - 1) for i in range(2)]
+        # a group of four has as many bits as four codes
+        own = chunk_words(packed["codes"], layout, row // 4, int(group) // 8)[:, row % 4]
+        first = int(group) % 8 * 4 * layout.bits
+        kept = [bits_at(own, first + i * width, width) for i in range(2)]
         assert kept == weight.parts["codes"][row, 2 * group : 2 * group + 2].tolist()
-        assert (own >> 2 * width & 3, own >> 2 * width + 2) == PATTERNS[weight.parts["patterns"][row, group]]
+        places = tuple(bits_at(own, first + 2 * width + 2 * i, 2) for i in range(2))
+        assert places == PATTERNS[weight.parts["patterns"][row, group]]
 
 
 def test_patterns_and_odd_widths_have_no_kernel() -> None:

@@ -278,6 +278,19 @@ def test_activations_take_part_and_static_steps_are_kept() -> None:
         assert all(("scale" in how) == (activations == "a8tensor") for how in found.values())
 
 
+def test_attentions_distortion_counts_only_if_it_is_asked_for() -> None:
+    found = {}
+    for kappa in (0.0, 0.5):
+        method = _method(kappa=kappa)
+        _, distortions = method.analyser.look(_data().batch(0, 8, 0))
+        method.begin(_data().batch(0, 8, 0))
+        layers = method.controller.layers({n: method.latents[n].detach() for n in method.controller.names})
+        found[kappa] = distortions, sum(level.error for levels in layers for level in levels)
+    assert not found[0.0][0] and found[0.5][1] > found[0.0][1]
+    assert {n.split(".")[-2] for n in found[0.5][0]} == {"q", "k"}
+    assert all(value > 0 for value in found[0.5][0].values())
+
+
 def test_training_can_start_from_gptqs_codes() -> None:
     method, schedule = _method(start="gptq", average_bits=3.5), Schedule(4 * 8 * 16, batch=8)
     before = {n: method.latents[n].detach().clone() for n in method.controller.names}

@@ -236,13 +236,13 @@ class TrellisChunk(Chunk):
         bits, mask = format_.bits, T.int32((1 << format_.state_bits) - 1)
         above = -(-(format_.state_bits - bits) // (FOUR * bits))
         words = [self.load(self.four)] + [self.load(self._before(i + 1)) for i in range(above)]
+        windows: dict[int, Expr] = {}
 
         def value(row: int, k: int) -> Expr:
             if k not in windows:
                 windows[k] = self._window(words, k)
             return self._value((windows[k] >> T.int32(bits * (FOUR - 1 - row))) & mask)
 
-        windows: dict[int, Expr] = {}
         return value
 
     def _format(self) -> TrellisFormat:
@@ -251,7 +251,7 @@ class TrellisChunk(Chunk):
 
     def _before(self, count: int) -> Expr:
         """The four so many before this one in its tile, which goes round. Tiles are whole blocks."""
-        tiles, blocks, block = len(self.layout.tiles) - 1, self.layout.blocks, self.g.block[0]
+        tiles, blocks, block = self.layout.tiles, self.layout.blocks, self.g.block[0]
         tile = T.Bind(((block + 1) * tiles - 1) // blocks)
         first, last = tile * blocks // tiles * WARPS, (tile + 1) * blocks // tiles * WARPS
         back = T.Bind(self.four - count)
@@ -261,10 +261,9 @@ class TrellisChunk(Chunk):
         """A column's codes of this four, in the low bits, and of those above."""
         bits = FOUR * self.layout.bits
         window: Expr = T.int32(0)
-        for i, of_four in reversed(list(enumerate(words))):
-            if bits * i < 32:
-                found = _code(lambda j, of_four=of_four: of_four[j], k * bits, bits)  # type: ignore[misc]
-                window = window | (found << T.int32(bits * i) if i else found)
+        for i, of_four in enumerate(words):
+            found = _code(lambda j, of_four=of_four: of_four[j], k * bits, bits)  # type: ignore[misc]
+            window = window | (found << T.int32(bits * i))
         return T.Bind(window)
 
     def _value(self, state: Expr) -> Expr:

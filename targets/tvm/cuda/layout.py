@@ -29,10 +29,8 @@ import numpy.typing as npt
 
 from gammac.diagnostics import CompileError
 from gammac.formats import (
-    DoubleNormalFloat,
     Format,
     IntegerFormat,
-    NormalFloat,
     OffsetNormalFloat,
     Quantized,
     TrellisFormat,
@@ -42,6 +40,7 @@ from gammac.formats import (
 from gammac.formats.trellis import unpack
 from gammac.formats.two_four import PATTERNS, POSITION_BITS
 from gammac.targets.tvm.cuda.grid import WARP
+from gammac.targets.tvm.kernels import Packable, has_layout
 
 FOUR: Final = 4
 CHUNK: Final = 32
@@ -49,21 +48,18 @@ WARPS: Final = 4  # of a block, each with four rows
 BLOCK_ROWS: Final = WARPS * FOUR
 SMALLEST_GROUP: Final = 16
 
-Runnable = IntegerFormat | NormalFloat | TwoFourFormat | TrellisFormat
 
-
-def runs(format_: Format) -> TypeGuard[Runnable]:
+def runs(format_: Format) -> TypeGuard[Packable]:
     """Whether there are kernels for a format."""
-    if isinstance(format_, TwoFourFormat):
-        return format_.hardware and not format_.is_float and format_.bits == int(format_.bits)
-    return isinstance(format_, Runnable) and not isinstance(format_, DoubleNormalFloat)
+    fills_words = not isinstance(format_, TwoFourFormat) or (format_.hardware and format_.width % 2 == 0)
+    return fills_words and has_layout(format_)
 
 
 @dataclass(frozen=True)
 class Layout:
     """Sizes of a packed weight [rows, columns]."""
 
-    format: Runnable
+    format: Packable
     rows: int
     columns: int
 
@@ -116,9 +112,9 @@ class Layout:
         return segment
 
     @property
-    def tiles(self) -> list[int]:
-        """Of a trellis: where they begin and end, in rows."""
-        return tile_bounds(self.rows)
+    def tiles(self) -> int:
+        """Parts of a trellis' column that have a stream each."""
+        return len(tile_bounds(self.rows)) - 1
 
     @property
     def parts(self) -> dict[str, tuple[tuple[int, ...], str]]:
