@@ -10,7 +10,9 @@ there, each row is stretched to what suits them best (least squares).
 """
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import ClassVar, Final
 
 import numpy as np
@@ -21,12 +23,16 @@ from gammac.diagnostics import CompileError
 from gammac.formats import TRELLIS, Format, Quantized, TrellisFormat, code_values, tile_bounds
 from gammac.passes.quantizers.gptq import Feedback
 from gammac.passes.quantizers.grid import SMALLEST_SCALE
-from gammac.passes.quantizers.viterbi import sweep_strips
+from gammac.passes.quantizers.viterbi import sweep_strip
 
 FACTORS: Final = (1.03, 1.12, 1.22, 1.34)
 GAUSSIAN_FACTOR: Final = FACTORS[0]  # the best for Gaussian weights without feedback
-SEARCH_STATE_BITS: Final = 8  # a sixteenth of the states of 12, and the same factors win
-SEARCH_ROWS: Final = 256
+SEARCH_ROWS: Final = 128
+
+
+def search_state_bits(bits: int) -> int:
+    """As few as fill a vector (of 16 states that lead to the same successors): the same factors win."""
+    return max(8, 2 * bits + 4)
 
 
 @dataclass(frozen=True)
@@ -48,16 +54,11 @@ class Tcq:
         trellises = on_trellises(formats, len(weight))
         feedback = Feedback.of(gram, self.act_order, self.damping)
         fed = feedback.alive(weight)
-        return [self._coded(_Problem(fed, gram, feedback.order, feedback.factor, f)) for f in trellises]
-
-    def _coded(self, problem: "_Problem") -> Quantized:
-        if self.clip == "none":
-            coded = problem.sweep(GAUSSIAN_FACTOR)
-            return problem.format.quantized(coded.codes, coded.scales.half())
-        sample = problem.smaller()
-        losses = [sample.loss(sample.sweep(factor)) for factor in FACTORS]
-        coded = problem.sweep(FACTORS[losses.index(min(losses))])
-        return problem.format.quantized(coded.codes, problem.stretched(coded).half())
+        problems = [_Problem(fed, gram, feedback.order, feedback.factor, f) for f in trellises]
+        searched = self.clip != "none"
+        factors = _best_factors(problems) if searched else [GAUSSIAN_FACTOR] * len(problems)
+        swept = _swept(list(zip(problems, factors, strict=True)))
+        return [p.stored(coded, searched) for p, coded in zip(problems, swept, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -81,40 +82,80 @@ class _Problem:
 
     def smaller(self) -> "_Problem":
         """Some of the rows on fewer states: which scale is best can be told from that."""
-        format_ = replace(self.format, state_bits=min(SEARCH_STATE_BITS, self.format.state_bits))
-        return replace(self, weight=self.weight[:: -(-len(self.weight) // SEARCH_ROWS)], format=format_)
+        state_bits = min(search_state_bits(self.format.bits), self.format.state_bits)
+        rows = self.weight[:: -(-len(self.weight) // SEARCH_ROWS)]
+        return replace(self, weight=rows, format=replace(self.format, state_bits=state_bits))
 
-    def sweep(self, factor: float) -> _Coded:
-        """The weight coded column by column; a scale is `factor` times the root mean square under it."""
-        rows, columns = self.weight.shape
-        size, branches = self.format.inputs_per_scale(columns), 1 << self.format.bits
-        table = code_values(self.format.state_bits)
-        scales = _stored(self._root_mean_squares() * (factor / float(table.square().mean().sqrt())))
-        left = self.weight[:, self.order].contiguous()
-        values = table.reshape(-1, branches).T.contiguous()
-        codes, found = torch.empty(columns, rows, dtype=torch.uint8), torch.empty(columns, rows)
-        sweep_strips(
-            left.numpy(), self.factor.numpy(), scales.numpy(), (self.order // size).numpy(),
-            values.numpy(), np.array(tile_bounds(rows)), codes.numpy(), found.numpy(), tuple(range(branches)),
-        )  # fmt: skip
-        place = torch.argsort(self.order)
-        return _Coded(codes[place], scales, found[place].T)
-
-    def _root_mean_squares(self) -> Tensor:
-        """[rows, groups]."""
+    def scales(self, factor: float) -> Tensor:
+        """[rows, groups]: `factor` times what gives the values the weights' root mean square."""
         groups = torch.split(self.weight.square(), self.format.inputs_per_scale(self.weight.shape[1]), 1)
-        return torch.stack([group.mean(1).sqrt() for group in groups], 1)
+        squares = torch.stack([group.mean(1) for group in groups], 1)
+        table = code_values(self.format.state_bits)
+        return _stored(squares.sqrt() * (factor / float(table.square().mean().sqrt())))
 
     def loss(self, coded: _Coded) -> float:
         """tr(Δ G Δᵀ)."""
         delta = coded.values - self.weight
         return float(((delta @ self.gram) * delta).sum())
 
-    def stretched(self, coded: _Coded) -> Tensor:
+    def stored(self, coded: _Coded, stretched: bool) -> Quantized:
+        """Codes and scales in the format."""
+        scales = self._stretched(coded) if stretched else coded.scales
+        return self.format.quantized(coded.codes, scales.half())
+
+    def _stretched(self, coded: _Coded) -> Tensor:
         """The scales with each row times what brings it nearest to the weight, as G measures it."""
         seen = coded.values @ self.gram
         factors = (seen * self.weight).sum(1) / (seen * coded.values).sum(1).clamp(min=1e-30)
         return _stored(coded.scales * factors[:, None])
+
+
+class _Sweep:
+    """One pass over a problem's columns: what is left of the weight, and what has been found."""
+
+    def __init__(self, problem: _Problem, factor: float) -> None:
+        rows, columns = problem.weight.shape
+        self.problem, self.scales = problem, problem.scales(factor)
+        self.left = problem.weight[:, problem.order].contiguous()
+        self.codes, self.found = torch.empty(columns, rows, dtype=torch.uint8), torch.empty(columns, rows)
+        self.strips = list(pairwise(tile_bounds(rows)))
+
+    def run(self, begin: int, end: int) -> None:
+        """Code one tile's rows."""
+        problem, columns = self.problem, self.left.shape[1]
+        branches = 1 << problem.format.bits
+        codes = np.empty((columns, end - begin), np.uint8)
+        found = np.empty((columns, end - begin), np.float32)
+        sweep_strip(
+            self.left[begin:end].numpy(), problem.factor.numpy(), self.scales[begin:end].numpy(),
+            (problem.order // problem.format.inputs_per_scale(columns)).numpy(),
+            code_values(problem.format.state_bits).reshape(-1, branches).T.contiguous().numpy(),
+            codes, found, tuple(range(branches)),
+        )  # fmt: skip
+        self.codes[:, begin:end], self.found[:, begin:end] = torch.from_numpy(codes), torch.from_numpy(found)
+
+    def coded(self) -> _Coded:
+        """What was found, columns in their own order again."""
+        place = torch.argsort(self.problem.order)
+        return _Coded(self.codes[place], self.scales, self.found[place].T)
+
+
+def _swept(jobs: Sequence[tuple[_Problem, float]]) -> list[_Coded]:
+    """Each problem coded with its factor. The tiles of all of them share the threads."""
+    sweeps = [_Sweep(problem, factor) for problem, factor in jobs]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        running = [pool.submit(sweep.run, *strip) for sweep in sweeps for strip in sweep.strips]
+        for strip in running:
+            strip.result()
+    return [sweep.coded() for sweep in sweeps]
+
+
+def _best_factors(problems: Sequence[_Problem]) -> list[float]:
+    """For each problem the factor of the scale that loses least on some of its rows."""
+    samples = [problem.smaller() for problem in problems]
+    swept = iter(_swept([(sample, factor) for sample in samples for factor in FACTORS]))
+    losses = [[sample.loss(next(swept)) for _ in FACTORS] for sample in samples]
+    return [FACTORS[row.index(min(row))] for row in losses]
 
 
 def on_trellises(formats: Sequence[Format], rows: int) -> list[TrellisFormat]:

@@ -1,8 +1,8 @@
 """The encoder of trellis codes, compiled by numba: Viterbi's search (1967) in each tile, feedback behind it.
 
-A strip of rows is worked on from its first column to its last by one thread: what comes out does not depend
-on how many threads there are. `digits` is (0, …, 2ᵏ − 1): numba compiles a kernel for each length of a tuple,
-so the number of branches is a constant and the loops over states become vector instructions.
+A strip of rows is worked on from its first column to its last, whatever runs beside it: what comes out does
+not depend on how many threads there are. `digits` is (0, …, 2ᵏ − 1): numba compiles a kernel for each length
+of a tuple, so the number of branches is a constant and the loops over states become vector instructions.
 """
 
 from typing import Any, Final
@@ -17,54 +17,48 @@ Integers = npt.NDArray[np.int64]
 Digits = tuple[int, ...]
 
 SEAM: Final = 32  # steps on either side of a tile's ends, after which a path has forgotten where it began
+BLOCK: Final = 32  # columns whose errors reach the columns behind them together
+REACH: Final = 128  # of those at a time: BLOCK rows of the factor stay in the nearest cache
 _FORBIDDEN: Final = np.float32(1e30)
 # products and sums may be contracted; nothing here depends on NaN or on signed zeros
 _FAST: Final = {"contract", "nsz", "arcp"}
 
 
 def _compiled(function: Any) -> Any:
-    return numba.njit(fastmath=_FAST, cache=True)(function)
-
-
-def _compiled_in_parallel(function: Any) -> Any:
-    return numba.njit(parallel=True, fastmath=_FAST, cache=True)(function)
+    return numba.njit(fastmath=_FAST, cache=True, nogil=True)(function)
 
 
 @_compiled
-def _lowest(costs: Floats, low: Floats, taken: Bytes, digits: Digits) -> None:
-    """The cheapest of the states that lead to the same successors: those with equal last L − k bits.
+def _step(
+    before: Floats, values: Floats, target: float, root: float, low: Floats, taken: Bytes, digits: Digits
+) -> None:
+    """One weight further: the cheapest of the states that lead to the same successors.
 
-    costs [b, d, i] is that of the state whose first k bits are d and last k bits are b, i between them.
-    low [b, i] is the least over d, and taken [b, i] that d.
+    Those are the states with equal last L − k bits. before [j] is the least that leads to the states
+    j·2ᵏ + b, whose own error, (target − root·value)², comes on top. low [b, i] is the least over the first k
+    bits d of the states whose last k bits are b, i between them, and taken [b, i] that d.
     """
+    inner = low.shape[1]
     for b in range(len(digits)):
-        for i in range(costs.shape[2]):
-            best, digit = costs[b, 0, i], np.int32(0)
+        for i in range(inner):
+            error = target - root * values[b, i]
+            best, digit = before[i] + error * error, np.int32(0)
             for d in range(1, len(digits)):
-                cost = costs[b, d, i]
+                error = target - root * values[b, d * inner + i]
+                cost = before[d * inner + i] + error * error
                 digit = np.int32(d) if cost < best else digit
-                best = cost if cost < best else best
+                best = min(cost, best)
             low[b, i] = best
             taken[b, i] = np.uint8(digit)
 
 
 @_compiled
 def _in_order(low: Floats, ordered: Floats, digits: Digits) -> None:
-    """[b, i] to [i, b]."""
-    for i in range(ordered.shape[0]):
+    """low [b, i] to ordered [i, b], both as one dimension: with two it becomes no vector instructions."""
+    inner = len(low) // len(digits)
+    for i in range(inner):
         for b in range(len(digits)):
-            ordered[i, b] = low[b, i]
-
-
-@_compiled
-def _reach(
-    costs: Floats, before: Floats, values: Floats, target: float, weight: float, digits: Digits
-) -> None:
-    """costs [b, j] of the states j·2ᵏ + b: the least before them, before [j], and their own error."""
-    for b in range(len(digits)):
-        for j in range(costs.shape[1]):
-            error = target - values[b, j]
-            costs[b, j] = before[j] + weight * error * error
+            ordered[i * len(digits) + b] = low[b * inner + i]
 
 
 @_compiled
@@ -79,67 +73,75 @@ def encode(
     """
     length, branches, inner = taken.shape
     before = np.zeros(branches * inner, np.float32)
-    in_rows = before.reshape(inner, branches)
     low = np.empty((branches, inner), np.float32)
-    costs = np.empty((branches, branches * inner), np.float32)
-    by_digit = costs.reshape(branches, branches, inner)
+    flat = low.reshape(-1)
+    roots = np.sqrt(weights)
 
     span = min(SEAM, length // 2)
     for u in range(-span, span):
-        if u > -span:
-            _lowest(by_digit, low, taken[u % length], digits)
-            _in_order(low, in_rows, digits)
-        _reach(costs, before, values, targets[u % length], weights[u % length], digits)
-    at = np.argmin(costs)
-    state = at % (branches * inner) * branches + at // (branches * inner)
-    for t in range(span - 1, 0, -1):
-        j = state // branches
-        state = taken[t, j % branches, j // branches] * (branches * inner) + j
-    seam = state // branches
+        target, root = targets[u % length] * roots[u % length], roots[u % length]
+        _step(before, values, target, root, low, taken[(u + 1) % length], digits)
+        _in_order(flat, before, digits)
+    seam = np.argmin(before)
+    for t in range(span, 0, -1):
+        seam = (taken[t % length, seam % branches, seam // branches] * (branches * inner) + seam) // branches
 
     before[:] = _FORBIDDEN
     before[seam] = 0
     for t in range(length):
-        if t > 0:
-            _lowest(by_digit, low, taken[t], digits)
-            _in_order(low, in_rows, digits)
-        _reach(costs, before, values, targets[t], weights[t], digits)
-    _lowest(by_digit, low, taken[0], digits)
+        _step(before, values, targets[t] * roots[t], roots[t], low, taken[(t + 1) % length], digits)
+        _in_order(flat, before, digits)
     j = seam
     for t in range(length - 1, -1, -1):
         states[t] = taken[(t + 1) % length, j % branches, j // branches] * (branches * inner) + j
         j = states[t] // branches
 
 
-@_compiled_in_parallel
-def sweep_strips(
-    left: Floats, factor: Floats, scales: Floats, groups: Integers, values: Floats, bounds: Integers,
-    codes: Bytes, found: Floats, digits: Digits,
+@_compiled
+def _feed(left: Floats, errors: Floats, factor: Floats, first: int) -> None:
+    """Take a block's errors [rows, BLOCK], of columns from `first` on, from the columns behind it."""
+    rows, size = errors.shape
+    for begin in range(first + size, left.shape[1], REACH):
+        end = min(begin + REACH, left.shape[1])
+        for t in range(rows):
+            for c in range(size):
+                for j in range(begin, end):
+                    left[t, j] -= errors[t, c] * factor[first + c, j]
+
+
+@_compiled
+def sweep_strip(
+    left: Floats, factor: Floats, scales: Floats, groups: Integers, values: Floats, codes: Bytes,
+    found: Floats, digits: Digits,
 ) -> None:  # fmt: skip
-    """Code the columns in turn, each tile against what the columns before it left over.
+    """Code the columns of one tile's rows in turn, each against what the columns before it left over.
 
     left [rows, columns] is changed in place; factor [columns, columns] is upper triangular; scales [rows,
-    groups]; groups [columns]; values as in `encode`; bounds [tiles + 1] of the rows. Fills codes [columns,
-    rows] of k bits and found [columns, rows], the values that they stand for.
+    groups]; groups [columns]; values as in `encode`. Fills codes [columns, rows] of k bits and found
+    [columns, rows], the values that they stand for.
     """
     branches, inner = len(digits), values.shape[1] // len(digits)
-    for strip in numba.prange(len(bounds) - 1):
-        first, last = bounds[strip], bounds[strip + 1]
-        length = last - first
-        taken = np.empty((length, branches, inner), np.uint8)
-        targets, weights = np.empty(length, np.float32), np.empty(length, np.float32)
-        states = np.empty(length, np.int64)
-        for c in range(left.shape[1]):
-            steps = scales[first:last, groups[c]]
-            for t in range(length):
-                targets[t] = left[first + t, c] / steps[t]
+    rows, columns = left.shape
+    taken = np.empty((rows, branches, inner), np.uint8)
+    targets, weights = np.empty(rows, np.float32), np.empty(rows, np.float32)
+    states = np.empty(rows, np.int64)
+    for first in range(0, columns, BLOCK):
+        block = left[:, first : first + BLOCK].T.copy()
+        errors = np.empty((rows, len(block)), np.float32)
+        for place in range(len(block)):
+            c = first + place
+            steps = scales[:, groups[c]].copy()
+            for t in range(rows):
+                targets[t] = block[place, t] / steps[t]
                 weights[t] = steps[t] * steps[t]
             weights /= weights.mean()
             encode(targets, weights, values, taken, states, digits)
-            for t in range(length):
+            for t in range(rows):
                 code = states[t] % branches
                 value = steps[t] * values[code, states[t] // branches]
-                codes[c, first + t], found[c, first + t] = code, value
-                error = (left[first + t, c] - value) / factor[c, c]
-                for j in range(c + 1, left.shape[1]):
-                    left[first + t, j] -= error * factor[c, j]
+                codes[c, t], found[c, t] = code, value
+                errors[t, place] = (block[place, t] - value) / factor[c, c]
+            for behind in range(place + 1, len(block)):
+                for t in range(rows):
+                    block[behind, t] -= errors[t, place] * factor[c, first + behind]
+        _feed(left, errors, factor, first)
