@@ -98,15 +98,21 @@ def encode(
 
 
 @_compiled
+def _subtract(row: Floats, factor: float, other: Floats) -> None:
+    """row -= factor · other."""
+    for j in range(len(row)):
+        row[j] -= factor * other[j]
+
+
+@_compiled
 def _feed(left: Floats, errors: Floats, factor: Floats, first: int) -> None:
-    """Take a block's errors [rows, BLOCK], of columns from `first` on, from the columns behind it."""
-    rows, size = errors.shape
+    """Take a block's errors [BLOCK, rows], of columns from `first` on, from the columns behind it."""
+    size, rows = errors.shape
     for begin in range(first + size, left.shape[1], REACH):
         end = min(begin + REACH, left.shape[1])
         for t in range(rows):
             for c in range(size):
-                for j in range(begin, end):
-                    left[t, j] -= errors[t, c] * factor[first + c, j]
+                _subtract(left[t, begin:end], errors[c, t], factor[first + c, begin:end])
 
 
 @_compiled
@@ -127,7 +133,7 @@ def sweep_strip(
     states = np.empty(rows, np.int64)
     for first in range(0, columns, BLOCK):
         block = left[:, first : first + BLOCK].T.copy()
-        errors = np.empty((rows, len(block)), np.float32)
+        errors = np.empty_like(block)
         for place in range(len(block)):
             c = first + place
             steps = scales[:, groups[c]].copy()
@@ -140,8 +146,7 @@ def sweep_strip(
                 code = states[t] % branches
                 value = steps[t] * values[code, states[t] // branches]
                 codes[c, t], found[c, t] = code, value
-                errors[t, place] = (block[place, t] - value) / factor[c, c]
+                errors[place, t] = (block[place, t] - value) / factor[c, c]
             for behind in range(place + 1, len(block)):
-                for t in range(rows):
-                    block[behind, t] -= errors[t, place] * factor[c, first + behind]
+                _subtract(block[behind], factor[c, first + behind], errors[place])
         _feed(left, errors, factor, first)
