@@ -9,4 +9,4 @@ frontend     runtime         transformers in, tokens out
 driver       cli             the recipe, and the only file that prints or exits
 """
 
-__version__ = "0.1.1"
+__version__ = "0.1.2"

@@ -23,11 +23,12 @@ from gammac.diagnostics import CompileError
 from gammac.formats import TRELLIS, Format, Quantized, TrellisFormat, code_values, tile_bounds
 from gammac.passes.quantizers.gptq import Feedback
 from gammac.passes.quantizers.grid import SMALLEST_SCALE
-from gammac.passes.quantizers.viterbi import sweep_strip
+from gammac.passes.quantizers.viterbi import SEAM, sweep_strip
 
 FACTORS: Final = (1.03, 1.12, 1.22, 1.34)
 GAUSSIAN_FACTOR: Final = FACTORS[0]  # the best for Gaussian weights without feedback
-SEARCH_ROWS: Final = 128
+SEARCH_ROWS: Final = 64
+SEARCH_SEAM: Final = 8
 
 
 def search_state_bits(bits: int) -> int:
@@ -79,12 +80,14 @@ class _Problem:
     order: Tensor
     factor: Tensor
     format: TrellisFormat
+    seam: int = SEAM
 
     def smaller(self) -> "_Problem":
         """Some of the rows on fewer states: which scale is best can be told from that."""
         state_bits = min(search_state_bits(self.format.bits), self.format.state_bits)
         rows = self.weight[:: -(-len(self.weight) // SEARCH_ROWS)]
-        return replace(self, weight=rows, format=replace(self.format, state_bits=state_bits))
+        format_ = replace(self.format, state_bits=state_bits)
+        return replace(self, weight=rows, format=format_, seam=SEARCH_SEAM)
 
     def scales(self, factor: float) -> Tensor:
         """[rows, groups]: `factor` times what gives the values the weights' root mean square."""
@@ -130,7 +133,7 @@ class _Sweep:
             self.left[begin:end].numpy(), problem.factor.numpy(), self.scales[begin:end].numpy(),
             (problem.order // problem.format.inputs_per_scale(columns)).numpy(),
             code_values(problem.format.state_bits).reshape(-1, branches).T.contiguous().numpy(),
-            codes, found, tuple(range(branches)),
+            codes, found, tuple(range(branches)), problem.seam,
         )  # fmt: skip
         self.codes[:, begin:end], self.found[:, begin:end] = torch.from_numpy(codes), torch.from_numpy(found)
 

@@ -63,13 +63,15 @@ def _in_order(low: Floats, ordered: Floats, digits: Digits) -> None:
 
 @_compiled
 def encode(
-    targets: Floats, weights: Floats, values: Floats, taken: Bytes, states: Integers, digits: Digits
-) -> None:
+    targets: Floats, weights: Floats, values: Floats, taken: Bytes, states: Integers, digits: Digits,
+    seam: int = SEAM,
+) -> None:  # fmt: skip
     """Fill states [T] with the path that loses least, Σ weight·(target − value)², and bites its tail.
 
     values [2ᵏ, 2ᴸ⁻ᵏ]: that of state j·2ᵏ + b at [b, j]; taken [T, 2ᵏ, 2ᴸ⁻²ᵏ] is scratch. The L − k bits that
-    the first state shares with the last are those of the best path that is free there; among paths that have
-    them at both ends the best is found exactly (QTIP's approximation for tail-biting trellises).
+    the first state shares with the last are those of the best path over `seam` steps on either side that is
+    free there; among paths that have them at both ends the best is found exactly (QTIP's approximation for
+    tail-biting trellises).
     """
     length, branches, inner = taken.shape
     before = np.zeros(branches * inner, np.float32)
@@ -77,21 +79,22 @@ def encode(
     flat = low.reshape(-1)
     roots = np.sqrt(weights)
 
-    span = min(SEAM, length // 2)
+    span = min(seam, length // 2)
     for u in range(-span, span):
         target, root = targets[u % length] * roots[u % length], roots[u % length]
         _step(before, values, target, root, low, taken[(u + 1) % length], digits)
         _in_order(flat, before, digits)
-    seam = np.argmin(before)
+    shared = np.argmin(before)
     for t in range(span, 0, -1):
-        seam = (taken[t % length, seam % branches, seam // branches] * (branches * inner) + seam) // branches
+        first = taken[t % length, shared % branches, shared // branches]
+        shared = (first * (branches * inner) + shared) // branches
 
     before[:] = _FORBIDDEN
-    before[seam] = 0
+    before[shared] = 0
     for t in range(length):
         _step(before, values, targets[t] * roots[t], roots[t], low, taken[(t + 1) % length], digits)
         _in_order(flat, before, digits)
-    j = seam
+    j = shared
     for t in range(length - 1, -1, -1):
         states[t] = taken[(t + 1) % length, j % branches, j // branches] * (branches * inner) + j
         j = states[t] // branches
@@ -118,12 +121,12 @@ def _feed(left: Floats, errors: Floats, factor: Floats, first: int) -> None:
 @_compiled
 def sweep_strip(
     left: Floats, factor: Floats, scales: Floats, groups: Integers, values: Floats, codes: Bytes,
-    found: Floats, digits: Digits,
+    found: Floats, digits: Digits, seam: int,
 ) -> None:  # fmt: skip
     """Code the columns of one tile's rows in turn, each against what the columns before it left over.
 
     left [rows, columns] is changed in place; factor [columns, columns] is upper triangular; scales [rows,
-    groups]; groups [columns]; values as in `encode`. Fills codes [columns, rows] of k bits and found
+    groups]; groups [columns]; values and seam as in `encode`. Fills codes [columns, rows] of k bits and found
     [columns, rows], the values that they stand for.
     """
     branches, inner = len(digits), values.shape[1] // len(digits)
@@ -141,7 +144,7 @@ def sweep_strip(
                 targets[t] = block[place, t] / steps[t]
                 weights[t] = steps[t] * steps[t]
             weights /= weights.mean()
-            encode(targets, weights, values, taken, states, digits)
+            encode(targets, weights, values, taken, states, digits, seam)
             for t in range(rows):
                 code = states[t] % branches
                 value = steps[t] * values[code, states[t] // branches]
