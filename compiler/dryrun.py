@@ -35,8 +35,8 @@ from gammac.targets.cost import Cost, module_cost
 
 # of a weight in a format: 134 million weights in four formats took 63 s on two cores
 SWEEP_NANOSECONDS: Final = 120.0
-# for quantizers that take longer: a core does a million weights a second, besides the search for a scale
-SLOW_SWEEPS: Final = {"tcq": 800.0}
+# for quantizers that take longer: the same weights in three trellis formats took 166 s
+SLOW_SWEEPS: Final = {"tcq": 400.0}
 # passes that take long and change nothing that a size or a time depends on
 MEASURING: Final = (SmoothQuant, Awq, CollectGrams, CollectGuidedGrams)
 
