@@ -17,13 +17,13 @@ from gammac.calibration import BATCH_WINDOWS
 from gammac.diagnostics import CompileError
 from gammac.driver import Plan, calibration_of, context_of, extra_bytes
 from gammac.ir import Module, Weight
-from gammac.passes import default_pipeline, incoherence_of, refine_of, strategy_of
+from gammac.passes import default_pipeline, incoherence_of, learn_rounding_of, refine_of, strategy_of
 from gammac.passes.allocate import Allocate
 from gammac.passes.awq import Awq
 from gammac.passes.candidates import Candidates
 from gammac.passes.collect_grams import CollectGrams
 from gammac.passes.collect_guided_grams import CollectGuidedGrams
-from gammac.passes.finetune import Distill, LearnRounding
+from gammac.passes.finetune import Distill
 from gammac.passes.incoherence import Incoherence
 from gammac.passes.quantize_activations import QuantizeActivations, parse_activations
 from gammac.passes.quantizers import make_quantizer
@@ -128,8 +128,7 @@ def compile_seconds(plan: Plan, module: Module, tokens: int) -> float:
     gemm += 2 * min(tokens, windows * plan.request.calibration_length) * every * products
     for refine in refine_of(plan.request.choices):
         gemm += 2 * refine.windows * plan.request.calibration_length * every * (1 + 5 * refine.rounds)
-    if plan.request.choices.learn_rounding:
-        learn = LearnRounding()
+    for learn in learn_rounding_of(plan.request.choices):
         gemm += 2 * block * (3 * learn.steps * learn.batch * plan.request.calibration_length + 4 * tokens)
     if plan.request.choices.distill:
         distill = Distill()

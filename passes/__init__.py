@@ -16,6 +16,7 @@ from gammac.passes.choices import (
     awq_of,
     check_choices,
     incoherence_of,
+    learn_rounding_of,
     refine_of,
     strategy_of,
 )
@@ -92,7 +93,7 @@ def default_pipeline(
         # the choice, and its execution; everything above is the same for every budget
         Allocate(tie=choices.tie, extra_bytes=extra_bytes, objective=choices.objective),
         *refine_of(choices, extra_bytes),
-        *((LearnRounding(),) if choices.learn_rounding else ()),
+        *learn_rounding_of(choices),
         *((Distill(),) if choices.distill else ()),
         Quantize(choices.inputs, *how),
         *activations_of(choices, emitter, compiler),
@@ -120,6 +121,7 @@ __all__ = [
     "Choices",
     "default_pipeline",
     "incoherence_of",
+    "learn_rounding_of",
     "refine_of",
     "strategy_of",
 ]

@@ -1,7 +1,7 @@
 """What a compile lets its user choose about the passes, and which passes follow from it."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -20,7 +20,7 @@ from gammac.passes.add_adapters import AddAdapters
 from gammac.passes.adopt_trained import AdoptTrained, RoundTrainedInputs
 from gammac.passes.allocate import QUALITY
 from gammac.passes.awq import Awq
-from gammac.passes.finetune import LEARNABLE
+from gammac.passes.finetune import GUMBEL, LEARNABLE, SCALED, SIGN, LearnRounding
 from gammac.passes.incoherence import Incoherence
 from gammac.passes.options import options_of, parse_strategy
 from gammac.passes.quantize import Quantize
@@ -36,6 +36,9 @@ from gammac.targets.target import NO_EMITTER
 
 # strategies whose allocations are checked end to end and improved unless the user says no
 REFINED: Final = frozenset({Gamma.name})
+
+# a block's steps: mixtures are noisy, and need more
+STEPS: Final = {SIGN: LearnRounding.steps, GUMBEL: 200}
 
 # emitters that write fake_quantize, and the interpreter
 RUN_ACTIVATIONS: Final = ("onnx", NO_EMITTER)
@@ -72,6 +75,7 @@ class Choices:
     incoherence: str | None = None
     objective: str = QUALITY
     learn_rounding: bool = False
+    learn_by: str = SIGN
     distill: bool = False
     trained: str = ""  # the folder of a finished training, whose formats and codes are taken as they are
     adapters: str = ""  # a file of adapters for a trained folder's codes, in place of its own
@@ -151,12 +155,26 @@ def _check_kinds(choices: Choices) -> None:
             f"{choices.quantizer} does not write {', '.join(f.name for f in foreign)}",
             hint=f"--quantizer {' or '.join(able)} does",
         )
-    fixed = [f.name for f in formats if f.kind not in LEARNABLE]
-    if (choices.learn_rounding or choices.distill) and fixed:
+    if choices.learn_rounding:
+        _demand(f"learn_rounding by {choices.learn_by}", "codes", formats, LEARNABLE[choices.learn_by])
+    if choices.distill:
+        _demand("distill", "scales", formats, SCALED)
+
+
+def _demand(learner: str, what: str, formats: Sequence[Format], kinds: Collection[str]) -> None:
+    fixed = [f.name for f in formats if f.kind not in kinds]
+    if fixed:
         raise CompileError(
-            f"{'learn_rounding' if choices.learn_rounding else 'distill'} does not learn {', '.join(fixed)}",
-            hint=f"it learns {' and '.join(sorted(LEARNABLE))} codes, in formats such as w3g64",
+            f"{learner} does not learn {', '.join(fixed)}",
+            hint=f"it learns {what} of {' and '.join(sorted(kinds))} formats",
         )
+
+
+def learn_rounding_of(choices: Choices) -> tuple[LearnRounding, ...]:
+    """The pass that learns codes, or nothing."""
+    if not choices.learn_rounding:
+        return ()
+    return (LearnRounding(by=choices.learn_by, steps=STEPS[choices.learn_by]),)
 
 
 def incoherence_of(choices: Choices) -> tuple[Incoherence, ...]:

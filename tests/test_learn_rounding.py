@@ -8,6 +8,7 @@ import pytest
 import torch
 from learning_models import allocated_llama, context, kill_at
 from llama_module import VOCAB, llama
+from torch import Tensor
 
 from gammac.diagnostics import CompileError
 from gammac.formats import Quantized, candidates_of, parse_format
@@ -16,7 +17,7 @@ from gammac.passes import Choices, default_pipeline
 from gammac.passes.allocate import Allocate
 from gammac.passes.candidates import Candidates
 from gammac.passes.finetune import LearnRounding
-from gammac.passes.finetune.latents import latents_of
+from gammac.passes.finetune.latents import GUMBEL, GumbelLatents, latents_of
 from gammac.passes.kl_gradient import KlGradient
 from gammac.passes.quantize import Quantize
 from gammac.passes.quantizers import make_quantizer
@@ -25,6 +26,7 @@ from gammac.pipeline import Context, Pipeline
 from gammac.weights import WeightStore
 
 LEARN = LearnRounding(steps=30)
+MIXED = LearnRounding(steps=100, by=GUMBEL)
 
 
 # ---- latents ------------------------------------------------------------------------------------
@@ -57,6 +59,63 @@ def test_a_step_lowers_a_quadratic_loss() -> None:
     assert latents.quantized().codes.max() <= 7
 
 
+def gumbel(name: str, seed: int = 0) -> tuple[Tensor, GumbelLatents]:
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(seed))
+    (start,) = make_quantizer("rtn").quantize(weight, None, (parse_format(name),))
+    latents = latents_of(weight, start, GUMBEL)
+    assert isinstance(latents, GumbelLatents)
+    return weight, latents
+
+
+@pytest.mark.parametrize("name", ["w1g32", "w2g32", "w3g64", "w4g32-sym", "w8channel"])
+def test_logits_begin_at_the_quantizers_codes(name: str) -> None:
+    _, latents = gumbel(name)
+    found, start = latents.quantized(), latents.start
+    assert torch.equal(found.codes, start.codes) and torch.equal(found.scales, start.scales)
+
+
+def test_mixtures_end_at_the_likeliest_codes() -> None:
+    """At first a draw is between codes; when no step is left it is the codes, but for a few near ties."""
+    _, latents = gumbel("w3g64")
+    codes = latents.quantized().dequantize()
+    generator = torch.Generator().manual_seed(0)
+    first = (latents.drawn(1.0, generator) - codes).abs()
+    last = (latents.drawn(0.0, generator) - codes).abs()
+    assert float(first.mean()) > 1e-3 and float(last.max()) < 1e-6
+    assert torch.equal(latents.chances.argmax(0), latents.logits.argmax(0))
+
+
+def test_what_a_mixture_moves_is_its_gradient() -> None:
+    """The logits' gradient is autograd's, for the noise that was drawn."""
+    _, latents = gumbel("w2g32")
+    seen = torch.randn(16, 64, generator=torch.Generator().manual_seed(1))
+    latents.drawn(0.5, torch.Generator().manual_seed(2))
+    momentum = latents.momenta[0]
+    logits = latents.logits.clone().requires_grad_()
+    latents.logits = logits
+    (wanted,) = torch.autograd.grad(latents.drawn(0.5, torch.Generator().manual_seed(2)), logits, seen)
+    latents.logits, latents.chances = logits.detach(), latents.chances.detach()
+    latents.move(seen, 0.01, 0.0)
+    # one step from nothing leaves a tenth of the gradient as momentum
+    assert torch.allclose(momentum, 0.1 * wanted, atol=1e-6)
+
+
+def test_mixtures_find_other_codes() -> None:
+    """‖W_q − target‖² towards codes two steps away, which no code leaves its range for."""
+    _, latents = gumbel("w3g32")
+    moved = latents.format.quantized(
+        (latents.start.codes + 2).clamp(max=7), latents.start.scales, latents.start.zeros
+    )
+    target, generator = moved.dequantize(), torch.Generator().manual_seed(0)
+    before = float((latents.quantized().dequantize() - target).square().sum())
+    for step in range(100):
+        left = 1 - step / 100
+        latents.move(2 * (latents.drawn(left, generator) - target), 0.24 * left, 0.0)
+    found = latents.quantized()
+    assert float((found.dequantize() - target).square().sum()) < 0.05 * before
+    assert found.codes.max() <= 7
+
+
 # ---- a small Llama ------------------------------------------------------------------------------
 
 
@@ -77,16 +136,20 @@ def kl_of(module: Module, ctx: Context) -> float:
     return KlGradient(module, tokens, ctx).measure(formats, "", 0.0)[0]
 
 
-def test_what_is_learnt_loses_less_everywhere(allocated: Module, store: WeightStore) -> None:
+@pytest.mark.parametrize("learn", [LEARN, MIXED], ids=["sign", "gumbel"])
+def test_what_is_learnt_loses_less_everywhere(
+    allocated: Module, store: WeightStore, learn: LearnRounding
+) -> None:
     ctx = context(store)
-    found = LEARN.run(allocated, ctx)
+    found = learn.run(allocated, ctx)
     rounding = found.attrs["rounding"]
     assert isinstance(rounding, dict) and rounding["after"] < 0.9 * rounding["before"]
     assert kl_of(found, ctx) < 0.85 * kl_of(allocated, ctx)
 
 
-def test_formats_stay_and_codes_fit(allocated: Module, store: WeightStore) -> None:
-    found = LEARN.run(allocated, context(store))
+@pytest.mark.parametrize("learn", [LEARN, MIXED], ids=["sign", "gumbel"])
+def test_formats_stay_and_codes_fit(allocated: Module, store: WeightStore, learn: LearnRounding) -> None:
+    found = learn.run(allocated, context(store))
     changed = 0
     for name, before in allocated.weights.items():
         after = found.weights[name]
@@ -112,8 +175,9 @@ def test_quantize_stores_what_was_learnt(allocated: Module, store: WeightStore) 
             assert stored.weights[name].digest == candidates_of(weight)[str(weight.attrs["format"])]
 
 
-def test_equal_seeds_equal_codes(allocated: Module, store: WeightStore) -> None:
-    same = [to_text(LEARN.run(allocated, context(store, seed=seed))) for seed in (0, 0, 1)]
+@pytest.mark.parametrize("learn", [LEARN, MIXED], ids=["sign", "gumbel"])
+def test_equal_seeds_equal_codes(allocated: Module, store: WeightStore, learn: LearnRounding) -> None:
+    same = [to_text(learn.run(allocated, context(store, seed=seed))) for seed in (0, 0, 1)]
     assert same[0] == same[1] != same[2]
 
 
@@ -141,6 +205,11 @@ def test_a_killed_run_goes_on_behind_the_last_block(
 def test_wrong_wishes_are_refused(allocated: Module, store: WeightStore) -> None:
     with pytest.raises(CompileError, match="steps is at least 1"):
         LearnRounding(steps=0)
+    with pytest.raises(CompileError, match="nothing learns by 'luck'"):
+        LearnRounding(by="luck")
+    with pytest.raises(CompileError, match=r"by gumbel does not learn fdb2g64"):
+        wish = Choices(block="fdb2g64", quantizer="db_llm", learn_rounding=True, learn_by=GUMBEL)
+        default_pipeline(wish, "onnx", compiler=True)
     with pytest.raises(CompileError, match="calibration text"):
         LEARN.run(allocated, dataclasses.replace(context(store), calibration=None))
     with pytest.raises(CompileError, match="full-precision inputs"):

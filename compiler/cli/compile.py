@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 # fields of Choices that sweep does not let choose
 CHOSEN: Final = (
-    "strategy", "inputs", "learn_rounding", "distill", "smooth_quant", "smooth_alpha", "activations",
-    "adapters", "objective",
+    "strategy", "inputs", "learn_rounding", "learn_by", "distill", "smooth_quant", "smooth_alpha",
+    "activations", "adapters", "objective",
 )  # fmt: skip
 BUDGET: Final = "3"
 
@@ -65,6 +65,14 @@ WHAT_CODES_ARE: Final = ("formats", "quantizer", "activations", "sparsity")
     default=False,
     show_default=True,
     help="Learn codes and scales block by block behind the allocation: minutes, and worth them at few bits.",
+)
+@click.option(
+    "--learn-by",
+    type=click.Choice(["sign", "gumbel"]),
+    default="sign",
+    show_default=True,
+    help="How codes are learnt: signs of gradients straight through the rounding, or mixtures of "
+    "neighbouring codes that grow sharp.",
 )
 @click.option(
     "--distill/--no-distill",

@@ -10,7 +10,9 @@ full-precision block puts out on full-precision inputs: errors of earlier blocks
 has a latent value: at first the weight itself in units of its step, moved into the cell of the code that
 the quantizer chose. Steps of one size along the sign of the gradient move the latents and the logarithms
 of the scales (SignRound, arXiv 2309.05516, section 3; straight-through rounding). Codes on two binary
-planes learn alike, each plane with its own scale (DB-LLM, arXiv 2402.11960, section 3.2). A block whose
+planes learn alike, each plane with its own scale (DB-LLM, arXiv 2402.11960, section 3.2). Or, by `gumbel`,
+each code has a logit for itself and for each of its neighbours, and blocks run with mixtures that are drawn
+from them, ever sharper. A block whose
 error on windows set apart is not lower afterwards stays as it was. `before` and `after` are the mean
 relative errors of the blocks' outputs there.
 """
@@ -31,7 +33,7 @@ from gammac.formats import Quantized, candidates_of, load_chosen, load_float
 from gammac.ir import Module, to_text
 from gammac.ir.interpret import Env, Weights, run_ops
 from gammac.passes.candidates import weights_have_candidates
-from gammac.passes.finetune.latents import Latents, latents_of
+from gammac.passes.finetune.latents import LEARNABLE, SIGN, latents_of
 from gammac.passes.quantize import weights_have_formats
 from gammac.passes.sensitivity.scores import check_range, rounded
 from gammac.pipeline import Context, Invariant, full_options_text
@@ -42,7 +44,8 @@ APART: Final = 8  # every so manieth batch of windows is set apart
 @dataclass(frozen=True)
 class LearnRounding:
     """`steps` of `batch` windows each in a block; `rate`: a first step in units of a code, falling linearly
-    (0: the latents' own pace over the steps); `scale_rate`: the same of the logarithm of a scale."""
+    (0: the latents' own pace over the steps); `scale_rate`: the same of the logarithm of a scale. `by`: sign,
+    or gumbel for integer formats, whose latents are logits and take some 100 bytes a weight of the block."""
 
     name: ClassVar[str] = "learn_rounding"
     reads: ClassVar[tuple[str, ...]] = ("calibration", "seed")
@@ -52,13 +55,18 @@ class LearnRounding:
     batch: int = 4
     rate: float = 0.0
     scale_rate: float = 0.002
+    by: str = SIGN
 
     def __post_init__(self) -> None:
         """Raises CompileError for options that make no sense."""
         check_range(self.name, "steps", self.steps, 1)
         check_range(self.name, "batch", self.batch, BATCH_WINDOWS)
-        check_range(self.name, "rate", self.rate, 0, 1)
+        check_range(self.name, "rate", self.rate, 0, 10)
         check_range(self.name, "scale_rate", self.scale_rate, 0, 0.1)
+        if self.by not in LEARNABLE:
+            raise CompileError(
+                f"{self.name}: nothing learns by {self.by!r}", hint=f"by {' or '.join(LEARNABLE)}"
+            )
 
     def run(self, module: Module, ctx: Context) -> Module:
         """Each finished block is remembered. Raises CompileError without two batches of calibration text."""
@@ -140,7 +148,7 @@ class _Learner:
         if not names:
             return {"digests": {}}
         start = {n: self.codes(n) for n in names}
-        latents = {n: latents_of(self.full(n), start[n]) for n in names}
+        latents = {n: latents_of(self.full(n), start[n], self.options.by) for n in names}
         fixed = _kept(self.allocated)
         before = self._error(segment, index, start, fixed)
         generator = torch.Generator().manual_seed(self.ctx.seed * 7919 + index)
@@ -148,7 +156,11 @@ class _Learner:
         for step in range(self.options.steps):
             picked = torch.randint(len(self.used), (count,), generator=generator).tolist()
             left = 1 - step / self.options.steps
-            self._step(segment, index, [self.used[i] for i in picked], latents, fixed, left)
+            drawn = {n: x.drawn(left, generator) for n, x in latents.items()}
+            gradients = self._gradients(segment, index, [self.used[i] for i in picked], drawn, fixed)
+            for n, x in latents.items():
+                rate = self.options.rate or x.pace / self.options.steps
+                x.move(gradients[n], rate * left, self.options.scale_rate * left)
         learnt = {n: x.quantized() for n, x in latents.items()}
         after = self._error(segment, index, learnt, fixed)
         if after >= before:
@@ -166,19 +178,16 @@ class _Learner:
         run_ops(segment.ops, env, self.student.sizes[batch], weights, keep=segment.live_out)
         return {v: env[v] for v in segment.live_out}
 
-    def _step(
-        self, segment: Segment, index: int, batches: list[int], latents: Mapping[str, Latents],
-        fixed: Weights, left: float,
-    ) -> None:  # fmt: skip
-        leaves = {n: x.quantized().dequantize().requires_grad_() for n, x in latents.items()}
+    def _gradients(
+        self, segment: Segment, index: int, batches: list[int], drawn: Mapping[str, Tensor], fixed: Weights
+    ) -> dict[str, Tensor]:
+        """∂L/∂W of a block's squared error at these weights, by name."""
+        leaves = {n: weight.requires_grad_() for n, weight in drawn.items()}
         loss = torch.zeros(())
         for batch in batches:
             out = self._put_out(segment, index, batch, lambda n: leaves[n] if n in leaves else fixed(n))
             loss = loss + _squared(out, self._wanted(segment, index, batch))
-        gradients = torch.autograd.grad(loss, list(leaves.values()))
-        for x, gradient in zip(latents.values(), gradients, strict=True):
-            rate = self.options.rate or x.pace / self.options.steps
-            x.move(gradient, rate * left, self.options.scale_rate * left)
+        return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
 
     def _error(self, segment: Segment, index: int, tried: Mapping[str, Quantized], fixed: Weights) -> float:
         """Relative squared error on the batches that are set apart."""

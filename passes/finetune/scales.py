@@ -1,12 +1,17 @@
 """Scales that move: a weight with its scales multiplied, and what a loss says about the factors."""
 
+from typing import Final
+
 import torch
 from torch import Tensor
 
-from gammac.formats import DualBinaryFormat, Quantized
+from gammac.formats import DUAL_BINARY, INTEGER, TRELLIS, DualBinaryFormat, Quantized
 from gammac.formats.dual_binary import PLANES, in_order
 from gammac.passes.quantizers.grid import SMALLEST_SCALE
 from gammac.passes.quantizers.levels import by_group
+
+SCALED: Final = (DUAL_BINARY, INTEGER, TRELLIS)
+"""Kinds of formats whose weights are their scales times what the codes stand for."""
 
 
 def scaled(start: Quantized, logs: Tensor) -> Quantized:
