@@ -3,7 +3,8 @@
 Each peer calibrates on the same windows as gammac (128 of 512 tokens), in groups of 64 with zero points; what
 it stores is turned into floats for the model to run. Bits are true bits, a mean over the linears of the
 blocks: codes, scales, zero points, and GPTQModel's order of columns. Each peer is held against the artifact
-that is largest among those that take no more bits than it does.
+that is largest among those that take no more bits than it does. Rows that are done stay in `--rows`: a killed
+run goes on behind them.
 
 Run: pip install -e '.[quality,tvm]'
      python benchmarks/quality_peers.py smollm2-135m --calibration VALID --text TEST --windows 100 \\
@@ -12,10 +13,13 @@ Run: pip install -e '.[quality,tvm]'
 
 import argparse
 import gc
+import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -118,6 +122,8 @@ def hqq(model: Any, tokenizer: Any, windows: Tensor, bits: int) -> float:
 
 def gptqmodel(model: Any, tokenizer: Any, windows: Tensor, bits: int) -> float:
     """GPTQ with act-order."""
+    # it asks for half the cores, and then for two
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig  # type: ignore[import-not-found]
 
     config = QuantizeConfig(bits=bits, group_size=GROUP, sym=False, desc_act=True)
@@ -144,11 +150,20 @@ class Bench:
     """A model in full precision, and the windows that all rows are judged on."""
 
     def __init__(self, args: argparse.Namespace, source: Source) -> None:
-        self.source, self.cache = source, default_cache()
+        self.source, self.cache, self.rows = source, default_cache(), args.rows
         read = read_text(args.calibration)
         self.calibration = token_windows(read, source.tokenizer, LENGTH, SAMPLES, spread=True)
         self.windows = token_windows(read_text(args.text), source.tokenizer, WINDOW, args.windows)
         self.original = Original(load_model(source).eval())
+
+    def kept(self, name: str, measure: Callable[[], Row]) -> Row:
+        """A row from the file of those that are done, or one that is measured now and kept there."""
+        rows = json.loads(self.rows.read_text()) if self.rows.exists() else {}
+        key = f"{self.source.name}, {len(self.windows)} windows, {name}"
+        if key not in rows:
+            rows[key] = asdict(measure())
+            self.rows.write_text(json.dumps(rows, indent=2))
+        return Row(**rows[key])
 
     def peer(self, spelled: str) -> Row:
         """A peer by its name, bits and options, as in auto-round:3:200."""
@@ -210,16 +225,17 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--windows", type=int, default=100)
     parser.add_argument("--peers", nargs="*", default=["auto-round:3:200", "hqq:3", "gptqmodel:3"])
+    parser.add_argument("--rows", type=Path, default=Path("quality_peers.json"))
     parser.add_argument("--artifacts", nargs="*", type=Path, default=[])
     args = parser.parse_args()
     bench = Bench(args, resolve(args.model))
     print(ROW.format("", "true bits", "size", "minutes", "perplexity", "KL", "gammac's, of it"))
     print(ROW.format(*["---"] * 7))
-    ours = [bench.artifact(folder) for folder in args.artifacts]
+    ours = [bench.kept(f"gammac {f.name}", partial(bench.artifact, f)) for f in args.artifacts]
     for row in ours:
         say(row, [])
     for spelled in args.peers:
-        say(bench.peer(spelled), ours)
+        say(bench.kept(spelled, partial(bench.peer, spelled)), ours)
         gc.collect()
 
 
