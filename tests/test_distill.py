@@ -7,16 +7,22 @@ from pathlib import Path
 import pytest
 import torch
 from learning_models import allocated_llama, context, kill_at
-from llama_module import VOCAB
+from llama_module import VOCAB, llama
 
 from gammac.diagnostics import CompileError
 from gammac.formats import Quantized, candidates_of, parse_format
 from gammac.ir import Module, to_text
 from gammac.passes import Choices, default_pipeline
+from gammac.passes.allocate import Allocate
+from gammac.passes.candidates import Candidates
+from gammac.passes.collect_grams import CollectGrams
 from gammac.passes.finetune.distill import Distill
 from gammac.passes.finetune.student import Learnt, Student
 from gammac.passes.kl_gradient import KlGradient
 from gammac.passes.quantize import Quantize
+from gammac.passes.sensitivity import WeightMse
+from gammac.pipeline import Pipeline
+from gammac.targets.target import load_target
 from gammac.weights import WeightStore
 
 DISTILL = Distill(steps=20, rate=0.01)
@@ -116,6 +122,20 @@ def test_codes_stay_and_scales_move(allocated: Module, distilled: Module, store:
     assert all(only_scales.weights[n].digest == allocated.weights[n].digest for n in gains)
 
 
+def test_scales_of_trellis_codes_are_learnt(store: WeightStore) -> None:
+    ctx = dataclasses.replace(context(store), target=load_target("reference"))
+    passes = (
+        CollectGrams(), Candidates("tcq2", "w8g32", "tcq"), WeightMse(), Allocate(budget="2", tie=False),
+    )  # fmt: skip
+    module = Pipeline(passes).run(llama(store), ctx)
+    found = DISTILL.run(module, ctx)
+    report = found.attrs["distillation"]
+    assert isinstance(report, dict) and report["after"] < 0.95 * report["before"]
+    name = "layers.0.q.weight"
+    old, new = (store.get(candidates_of(m.weights[name])["tcq2"]) for m in (module, found))
+    assert torch.equal(old["packed"], new["packed"]) and not torch.equal(old["scales"], new["scales"])
+
+
 def test_quantize_stores_what_was_learnt(distilled: Module, store: WeightStore) -> None:
     stored = Quantize().run(distilled, context(store))
     for name, weight in distilled.weights.items():
@@ -152,5 +172,5 @@ def test_wrong_wishes_are_refused(allocated: Module, store: WeightStore) -> None
         DISTILL.run(allocated, dataclasses.replace(context(store), calibration=None))
     with pytest.raises(CompileError, match="full-precision inputs"):
         default_pipeline(Choices(distill=True, inputs="quantized"), "onnx", compiler=True)
-    with pytest.raises(CompileError, match="integer codes"):
+    with pytest.raises(CompileError, match="scales of dual_binary and integer and trellis"):
         default_pipeline(Choices("nf4g64", quantizer="nf", distill=True), "onnx", compiler=True)
