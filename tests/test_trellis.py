@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gammac.diagnostics import CompileError
 from gammac.driver import Request, make_plan
-from gammac.formats import TrellisFormat, code_values, parse_format, tile_bounds
+from gammac.formats import TrellisFormat, code_values, parse_format, spread, tile_bounds
 from gammac.formats.trellis import pack, unpack
 from gammac.passes import Choices, default_pipeline
 from gammac.passes.quantizers import Gptq, Tcq, output_error
@@ -77,6 +77,18 @@ def test_a_stream_by_hand() -> None:
     assert pack(codes, 2).tolist() == [[0b01101100, 0b00000010]]
     states = TrellisFormat(2, state_bits=8).states(codes)[0]
     assert states[2] == 0b10_01_10_11 and states[0] == 0b00_00_10_01 and states[7] == 0b00_00_00_10
+
+
+@pytest.mark.parametrize("name", ["tcq1-l16", "tcq2", "tcq2g32-l9", "tcq3", "tcq3-l16", "tcq4-l8"])
+@pytest.mark.parametrize("rows", [16, 77, 256, 600])
+def test_a_weight_is_its_scale_times_its_states_value(name: str, rows: int) -> None:
+    format_, generator = parse_format(name), torch.Generator().manual_seed(rows)
+    assert isinstance(format_, TrellisFormat)
+    codes = torch.randint(0, 1 << format_.bits, (64, rows), dtype=torch.uint8, generator=generator)
+    scales = torch.rand(rows, format_.groups(64), generator=generator).half()
+    values = code_values(format_.state_bits)[format_.states(codes)].T
+    wanted = values * spread(scales.float(), format_.inputs_per_scale(64), 64)
+    assert torch.equal(format_.quantized(codes, scales).dequantize(), wanted)
 
 
 @pytest.mark.parametrize("state_bits", range(8, 17))

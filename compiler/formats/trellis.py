@@ -73,12 +73,14 @@ class TrellisFormat(Format):
 
     def dequantize(self, parts: Parts) -> Tensor:
         """scale · value of the state, f32 [rows, columns]."""
+        from gammac.formats.streams import read_values
+
         scales = parts["scales"].float()
         rows, columns = len(scales), len(parts["packed"])
-        states = self.states(unpack(parts["packed"], self.bits, rows))
-        return code_values(self.state_bits)[states].T * spread(
-            scales, self.inputs_per_scale(columns), columns
-        )
+        codes, values = unpack(parts["packed"], self.bits, rows), torch.empty(columns, rows)
+        table, bounds = code_values(self.state_bits).numpy(), np.array(tile_bounds(rows))
+        read_values(codes.numpy(), self.bits, table, bounds, values.numpy())
+        return values.T * spread(scales, self.inputs_per_scale(columns), columns)
 
     def states(self, codes: Tensor) -> Tensor:
         """The state of each weight, i32 [columns, rows], from codes u8 [columns, rows] of k bits."""
@@ -117,16 +119,18 @@ def code_values(state_bits: int) -> Tensor:
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Codes u8 [columns, rows] as bit streams u8 [columns, bytes], the highest bit of a code first."""
+    from gammac.formats.streams import write_codes
+
     columns, rows = codes.shape
-    shifts = torch.arange(bits - 1, -1, -1)
-    stream = (codes[:, :, None] >> shifts) & 1
-    return torch.from_numpy(
-        np.packbits(stream.reshape(columns, rows * bits).numpy().astype(np.uint8), axis=1)
-    )
+    packed = torch.zeros(columns, -(-rows * bits // 8), dtype=torch.uint8)
+    write_codes(codes.contiguous().numpy(), bits, packed.numpy())
+    return packed
 
 
 def unpack(packed: Tensor, bits: int, rows: int) -> Tensor:
     """The inverse of pack."""
-    stream = np.unpackbits(packed.numpy(), axis=1, count=rows * bits).reshape(len(packed), rows, bits)
-    weights = (1 << np.arange(bits - 1, -1, -1)).astype(np.uint8)
-    return torch.from_numpy((stream * weights).sum(2, dtype=np.uint8))
+    from gammac.formats.streams import read_codes
+
+    codes = torch.empty(len(packed), rows, dtype=torch.uint8)
+    read_codes(packed.contiguous().numpy(), bits, codes.numpy())
+    return codes
