@@ -133,7 +133,8 @@ def compile_seconds(plan: Plan, module: Module, tokens: int) -> float:
     if plan.request.choices.distill:
         distill = Distill()
         learnt_from = distill.steps * distill.batch * plan.request.calibration_length
-        gemm += 2 * every * (4 * learnt_from + 1.25 * tokens)
+        # forward, forward again, backward, the teacher; probabilities take as long as half of that
+        gemm += 2 * every * (8 * learnt_from + 1.25 * tokens)
     quantizer = plan.request.choices.quantizer.partition(":")[0]
     sweeps = every * formats * SLOW_SWEEPS.get(quantizer, SWEEP_NANOSECONDS) * 1e-9
     return plan.capture_seconds + gemm / flops() + sweeps + every * 1e-8

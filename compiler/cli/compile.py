@@ -49,8 +49,8 @@ WHAT_CODES_ARE: Final = ("formats", "quantizer", "activations", "sparsity")
     "--recipe",
     type=click.Choice(["fast", "balanced", "best"]),
     help="Options that go well together: fast (fisher), balanced (gamma, the defaults), best (rotated "
-    "trellis codes, allocated by fisher, where TVM runs them; else gamma on guided Gram matrices, then "
-    "learned rounding and distillation). What you choose yourself holds.",
+    "trellis codes, allocated by fisher, where TVM runs them; else gamma on guided Gram matrices and "
+    "learned rounding; then distillation). What you choose yourself holds.",
 )
 @click.option("--strategy", cls=StrategyOption, default="gamma", show_default=True)
 @click.option(

@@ -67,10 +67,13 @@ class Distill:
     def run(self, module: Module, ctx: Context) -> Module:
         """Raises CompileError without calibration text, or for an encoder."""
         tokens = ctx.calibration.tokens if ctx.calibration else torch.empty(0, 0)
-        if len(tokens) < 2 * BATCH_WINDOWS or module.attrs.get("kind") == "encoder":
+        if module.attrs.get("kind") == "encoder":
             raise CompileError(
-                f"{self.name} needs a model that predicts the next token, and {2 * BATCH_WINDOWS} windows of "
-                "calibration text or more",
+                f"{self.name} needs a model that predicts the next token", hint="leave it out: --no-distill"
+            )
+        if len(tokens) < 2 * BATCH_WINDOWS:
+            raise CompileError(
+                f"{self.name} needs {2 * BATCH_WINDOWS} windows of calibration text or more",
                 hint="give --calibration FILE and --calibration-windows",
             )
         key = key_of(to_text(module), full_options_text(self), ctx.fingerprint(self.reads))
