@@ -71,6 +71,11 @@ def test_streams_hold_their_codes_and_no_more(bits: int) -> None:
     assert torch.equal(unpack(packed, bits, 77), codes)
 
 
+def test_streams_that_are_too_short_are_refused() -> None:
+    with pytest.raises(CompileError, match="19 bytes holds no 77 codes of 2 bits"):
+        unpack(torch.zeros(5, 19, dtype=torch.uint8), 2, 77)
+
+
 def test_a_stream_by_hand() -> None:
     # codes 1, 2, 3, 0, …: the third weight has seen the bits 01 10 11, and before them the last one's, 00
     codes = torch.tensor([[1, 2, 3, 0, 0, 0, 0, 2]], dtype=torch.uint8)

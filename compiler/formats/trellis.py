@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gammac.diagnostics import CompileError
 from gammac.formats.base import CHANNEL, SCALE_BITS, Format, Parts, Quantized, group_name, spread
 
 TRELLIS: Final = "trellis"
@@ -128,9 +129,14 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, rows: int) -> Tensor:
-    """The inverse of pack."""
+    """The inverse of pack. Raises CompileError for streams that are too short: compiled loops don't check."""
     from gammac.formats.streams import read_codes
 
+    if packed.shape[1] * 8 < rows * bits:
+        raise CompileError(
+            f"a column of {packed.shape[1]} bytes holds no {rows} codes of {bits} bits",
+            hint="the weight is damaged: compile again, with another --cache",
+        )
     codes = torch.empty(len(packed), rows, dtype=torch.uint8)
     read_codes(packed.contiguous().numpy(), bits, codes.numpy())
     return codes

@@ -15,14 +15,14 @@ from gammac.formats.dual_binary import levels_of
 from gammac.passes.finetune.scales import at_logs, scaled
 from gammac.passes.quantizers.levels import by_group
 
+SIGN: Final = "sign"
+GUMBEL: Final = "gumbel"
 MARGIN: Final = 0.45  # of a cell, whose half is ½: how far from its code a latent may start
-
-
 HEAD_START: Final = 6.0  # of the quantizer's own code, in logits
-TEMPERATURES: Final = (4.0, 0.05)
+TEMPERATURES: Final = (4.0, 0.05)  # of mixtures, at the first step and behind the last
 SHARPENED: Final = 5.0  # what logits are multiplied by at the end
 MOMENTUM: Final = 0.9
-LONGEST: Final = 3.0
+LONGEST: Final = 3.0  # step of a logit, in root mean squares
 
 
 class Latents(Protocol):
@@ -49,7 +49,7 @@ class _Make(Protocol):
     def __call__(self, weight: Tensor, start: Quantized) -> Latents: ...
 
 
-def latents_of(weight: Tensor, start: Quantized, by: str = "sign") -> Latents:
+def latents_of(weight: Tensor, start: Quantized, by: str = SIGN) -> Latents:
     """Latents that begin at the codes of `start`; weight f32 [rows, columns] is in full precision."""
     return LEARNABLE[by][start.format.kind](weight, start)
 
@@ -147,9 +147,9 @@ class GumbelLatents:
         reach = 1 if self.format.bits <= 2 else 2
         self.shifts = torch.arange(-reach, reach + 1.0)[:, None, None]
         shifted = self.codes + self.shifts
-        self.barred = (shifted < 0) | (shifted > self.format.levels)
+        outside = (shifted < 0) | (shifted > self.format.levels)
         self.logits = HEAD_START * (self.shifts == 0).float().expand_as(shifted)
-        self.logits = self.logits.masked_fill(self.barred, -torch.inf)
+        self.logits = self.logits.masked_fill(outside, -torch.inf)
         self.log_scale = torch.zeros_like(start.scales, dtype=torch.float32)
         self.momenta = [torch.zeros_like(self.logits), torch.zeros_like(self.log_scale)]
         self.chances, self.sharpness = self.logits.softmax(0), 1.0
@@ -185,7 +185,7 @@ class GumbelLatents:
         self.log_scale = self.log_scale - scale_rate * self._direction(1, at_scale)
 
     def _direction(self, place: int, gradient: Tensor) -> Tensor:
-        """The momentum that a gradient leaves, over its root mean square; some three times that at most."""
+        """The momentum that a gradient leaves, over its root mean square, cut off at LONGEST."""
         momentum = self.momenta[place].mul_(MOMENTUM).add_(gradient, alpha=1 - MOMENTUM)
         return (momentum / momentum.square().mean().sqrt().clamp(min=1e-30)).clamp(-LONGEST, LONGEST)
 
@@ -207,8 +207,6 @@ def _position(values: Tensor, levels: Tensor) -> Tensor:
     return inside + steps[:, :, 0].clamp(max=0) + (steps[:, :, -1] - 1).clamp(min=0)
 
 
-SIGN: Final = "sign"
-GUMBEL: Final = "gumbel"
 LEARNABLE: Final[Mapping[str, Mapping[str, _Make]]] = {
     SIGN: {INTEGER: GridLatents, DUAL_BINARY: DualLatents},
     GUMBEL: {INTEGER: GumbelLatents},
