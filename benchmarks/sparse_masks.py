@@ -21,13 +21,13 @@ from gammac.formats import keep_two, parse_format
 from gammac.models_zoo.texts import default_calibration_text
 from gammac.passes.collect_grams import CollectGrams
 from gammac.passes.fold_constants import FoldConstants
+from gammac.passes.masks.methods import METHODS
+from gammac.passes.masks.trainer import Trainer
 from gammac.passes.quantizers import make_quantizer
 from gammac.passes.raise_patterns import RaisePatterns
 from gammac.pipeline import Pipeline
-from gammac.sparsify.methods import METHODS
 from gammac.sparsify.model import LanguageModel, load_model
 from gammac.sparsify.run import make_method
-from gammac.sparsify.trainer import Trainer
 from gammac.texts import read_text, token_windows
 
 BATCH: Final = 4

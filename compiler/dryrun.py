@@ -17,7 +17,14 @@ from gammac.calibration import BATCH_WINDOWS
 from gammac.diagnostics import CompileError
 from gammac.driver import Plan, calibration_of, context_of, extra_bytes
 from gammac.ir import Module, Weight
-from gammac.passes import default_pipeline, incoherence_of, learn_rounding_of, refine_of, strategy_of
+from gammac.passes import (
+    default_pipeline,
+    incoherence_of,
+    learn_rounding_of,
+    refine_of,
+    sparsify_of,
+    strategy_of,
+)
 from gammac.passes.allocate import Allocate
 from gammac.passes.awq import Awq
 from gammac.passes.candidates import Candidates
@@ -25,6 +32,7 @@ from gammac.passes.collect_grams import CollectGrams
 from gammac.passes.collect_guided_grams import CollectGuidedGrams
 from gammac.passes.finetune import Distill
 from gammac.passes.incoherence import Incoherence
+from gammac.passes.masks.methods import Clock
 from gammac.passes.quantize_activations import QuantizeActivations, parse_activations
 from gammac.passes.quantizers import make_quantizer
 from gammac.passes.sensitivity import Amq, DeltaLoss, Fisher, Gamma, GreedyKl, Hawq
@@ -130,6 +138,11 @@ def compile_seconds(plan: Plan, module: Module, tokens: int) -> float:
         gemm += 2 * refine.windows * plan.request.calibration_length * every * (1 + 5 * refine.rounds)
     for learn in learn_rounding_of(plan.request.choices):
         gemm += 2 * block * (3 * learn.steps * learn.batch * plan.request.calibration_length + 4 * tokens)
+    for sparsify in sparsify_of(plan.request.choices):
+        # what reads curvature is differentiated twice
+        passes = 6 if sparsify.made().probes(Clock(0, 1)) else 3
+        read = sparsify.steps * sparsify.batch * plan.request.calibration_length
+        gemm += 2 * block * (passes * read + 3 * tokens)
     if plan.request.choices.distill:
         distill = Distill()
         learnt_from = distill.steps * distill.batch * plan.request.calibration_length

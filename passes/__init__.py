@@ -18,6 +18,7 @@ from gammac.passes.choices import (
     incoherence_of,
     learn_rounding_of,
     refine_of,
+    sparsify_of,
     strategy_of,
 )
 from gammac.passes.collect_grams import CollectGrams
@@ -38,15 +39,16 @@ from gammac.passes.refine import Refine
 from gammac.passes.rotate import Rotate
 from gammac.passes.sensitivity import STRATEGIES
 from gammac.passes.smooth_quant import SmoothQuant
+from gammac.passes.sparsify import Sparsify
 from gammac.passes.split_rows import SplitRows
 from gammac.pipeline import Pass
 from gammac.targets.target import NO_EMITTER
 
 _IN_ORDER: Final[tuple[type[Pass], ...]] = (
     FoldConstants, RaisePatterns, FoldNorms, Rotate, SmoothQuant, Awq, InsertKvCache, KeepPrecision,
-    SplitRows, CollectGrams, CollectGuidedGrams, Incoherence, Candidates, *STRATEGIES.values(), Allocate,
-    Refine, LearnRounding, Distill, AdoptTrained, Quantize, QuantizeActivations, RoundTrainedInputs,
-    AddAdapters, LegalizeOnnx, LegalizeTvm,
+    SplitRows, Sparsify, CollectGrams, CollectGuidedGrams, Incoherence, Candidates, *STRATEGIES.values(),
+    Allocate, Refine, LearnRounding, Distill, AdoptTrained, Quantize, QuantizeActivations,
+    RoundTrainedInputs, AddAdapters, LegalizeOnnx, LegalizeTvm,
 )  # fmt: skip
 PASSES: Final[Mapping[str, type[Pass]]] = {p.name: p for p in _IN_ORDER}
 
@@ -85,6 +87,7 @@ def default_pipeline(
         InsertKvCache(),
         KeepPrecision(),
         *(() if compiler or emitter == NO_EMITTER else (SplitRows(),)),
+        *sparsify_of(choices),
         # what each weight would lose in each format
         *((collect,) if needs_gram else ()),
         *incoherence,
@@ -123,5 +126,6 @@ __all__ = [
     "incoherence_of",
     "learn_rounding_of",
     "refine_of",
+    "sparsify_of",
     "strategy_of",
 ]

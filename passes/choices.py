@@ -1,7 +1,7 @@
 """What a compile lets its user choose about the passes, and which passes follow from it."""
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -12,7 +12,9 @@ from gammac.formats import (
     TWO_FOUR,
     Format,
     IntegerFormat,
+    NOfEightFormat,
     TwoFourFormat,
+    UnstructuredFormat,
     parse_format,
     parse_formats,
 )
@@ -22,13 +24,14 @@ from gammac.passes.allocate import QUALITY
 from gammac.passes.awq import Awq
 from gammac.passes.finetune import GUMBEL, LEARNABLE, SCALED, SIGN, LearnRounding
 from gammac.passes.incoherence import Incoherence
-from gammac.passes.options import options_of, parse_strategy
+from gammac.passes.options import make_pass, options_of, parse_strategy
 from gammac.passes.quantize import Quantize
 from gammac.passes.quantize_activations import QuantizeActivations, parse_activations
 from gammac.passes.quantizers import QUANTIZERS, Quip, make_quantizer
 from gammac.passes.refine import Refine
 from gammac.passes.sensitivity import STRATEGIES, Gamma
 from gammac.passes.smooth_quant import SmoothQuant
+from gammac.passes.sparsify import Sparsify
 from gammac.passes.training.adapters import ADAPTERS, read_adapters
 from gammac.passes.training.trained import digest_of_trained, read_trained
 from gammac.pipeline import Pass
@@ -44,7 +47,13 @@ STEPS: Final = {SIGN: LearnRounding.steps, GUMBEL: 200}
 RUN_ACTIVATIONS: Final = ("onnx", NO_EMITTER)
 
 AUTO: Final = "auto"
-SPARSITIES: Final = ("2:4", AUTO)
+# sparsity → the formats that a width and a group size of kept values stand for
+SPARSITIES: Final[Mapping[str, Callable[[int, int], Sequence[Format]]]] = {
+    "2:4": lambda width, group: (TwoFourFormat(width, group),),
+    AUTO: lambda width, group: (TwoFourFormat(width, group),),
+    "n:8": lambda width, group: [NOfEightFormat(width, group, kept) for kept in (2, 3, 4, 5, 6)],
+    "unstructured": lambda width, group: [UnstructuredFormat(width, group, p) for p in (30, 40, 50, 60, 70)],
+}
 
 
 @dataclass(frozen=True)
@@ -77,27 +86,47 @@ class Choices:
     learn_rounding: bool = False
     learn_by: str = SIGN
     distill: bool = False
+    mask: str = ""  # a method that learns 2:4 masks block by block, with or without options
     trained: str = ""  # the folder of a finished training, whose formats and codes are taken as they are
     adapters: str = ""  # a file of adapters for a trained folder's codes, in place of its own
 
 
 def with_sparsity(formats: str, sparsity: str) -> str:
-    """Formats joined by `+` as `sparsity` has them: 2:4, or auto, which is both dense ones and 2:4.
+    """Formats joined by `+` as `sparsity` has them: 2:4; auto, which is both dense ones and 2:4; n:8 and
+    unstructured, several densities for an allocation to choose from.
 
     Each width of kept values stands for the same width of all. Raises CompileError for formats without a
     width, and for a sparsity that isn't there.
     """
     if sparsity not in SPARSITIES:
-        raise CompileError(f"no sparsity {sparsity!r}", hint=f"there are {' and '.join(SPARSITIES)}")
+        raise CompileError(f"no sparsity {sparsity!r}", hint=f"there are {', '.join(SPARSITIES)}")
     dense = parse_formats(formats)
     integers = [f for f in dense if isinstance(f, IntegerFormat) and f.bits > 1]
     if len(integers) < len(dense):
         raise CompileError(
             f"--sparsity {sparsity} takes integer formats of 2 bits or more, not {formats.replace('+', ',')}",
-            hint="leave out --formats, or name 2:4 formats there, such as s24w4g64",
+            hint="leave out --formats, or name sparse formats there, such as s24w4g64 or u50w4g64",
         )
-    names = dict.fromkeys(TwoFourFormat(f.bits, f.group).name for f in integers)
+    names = dict.fromkeys(f.name for i in integers for f in SPARSITIES[sparsity](i.bits, i.group))
     return "+".join((*(f.name for f in dense), *names) if sparsity == AUTO else names)
+
+
+def sparsify_of(choices: Choices) -> tuple[Sparsify, ...]:
+    """The pass that learns masks, or nothing. Raises CompileError for wrong options, and for formats that
+    would not keep the zeros."""
+    if not choices.mask:
+        return ()
+    name, brace, options = choices.mask.partition("{")
+    dense = [f.name for f in parse_formats(choices.block) if f.kind != TWO_FOUR]
+    if dense:
+        raise CompileError(
+            f"{name} makes every block linear 2:4: {dense[0]} would not store its zeros",
+            hint="--sparsity 2:4",
+        )
+    found = make_pass(Sparsify.name, f"method={name}" + (f",{options.removesuffix('}')}" if brace else ""),
+                      {Sparsify.name: Sparsify})  # fmt: skip
+    assert isinstance(found, Sparsify)
+    return (found,)
 
 
 def strategy_of(choices: Choices) -> Pass:
@@ -135,11 +164,11 @@ def check_choices(choices: Choices) -> None:
             "gradients are those of the full-precision model: guided needs its inputs",
             hint="leave out --inputs quantized or --guided",
         )
-    sparse = [f.name for f in parse_formats(choices.block) if f.kind == TWO_FOUR]
+    sparse = [f.name for f in parse_formats(choices.block) if f.density < 1]
     if sparse and (choices.rotate or choices.incoherence not in (None, "none")):
         raise CompileError(
             f"rotated weights lose their zeros and prune worse: not with {', '.join(sparse)}",
-            hint="leave out --rotate and --incoherence, or 2:4 formats",
+            hint="leave out --rotate and --incoherence, or sparse formats",
         )
     _check_kinds(choices)
 

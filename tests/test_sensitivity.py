@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from gammac.texts import Calibration
 from gammac.weights import WeightStore
 
 FORMATS = "w2g32+w4g32+w8g32"
+DENSITIES = "s28w4g32+s48w4g32+s68w4g32"
 
 
 def context(store: WeightStore, cache: Path | None = None, windows: int = 12, **options: Any) -> Context:
@@ -36,7 +38,10 @@ def context(store: WeightStore, cache: Path | None = None, windows: int = 12, **
 def scored(strategy: str = "fisher", store: WeightStore | None = None) -> tuple[Module, Context]:
     store = store or WeightStore()
     ctx = context(store)
-    passes = (CollectGrams(), Candidates(FORMATS, "w4g64+w8g64"), STRATEGIES[strategy]())
+    formats = FORMATS
+    if strategy == "owl":  # which is about densities
+        ctx, formats = replace(ctx, target=load_target("reference")), DENSITIES
+    passes = (CollectGrams(), Candidates(formats, "w4g64+w8g64"), STRATEGIES[strategy]())
     return Pipeline(passes).run(llama(store), ctx), ctx
 
 

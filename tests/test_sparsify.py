@@ -13,12 +13,12 @@ from gammac.cli import main
 from gammac.diagnostics import CompileError
 from gammac.driver import resolve
 from gammac.formats import is_two_four, keep_two
-from gammac.sparsify import gates
-from gammac.sparsify.curvature import hutchinson
-from gammac.sparsify.methods import METHODS, Clock, Dense, MaskLlm, SparseForge
+from gammac.passes.masks import gates
+from gammac.passes.masks.curvature import hutchinson
+from gammac.passes.masks.methods import METHODS, Clock, Dense, MaskLlm, SparseForge
+from gammac.passes.masks.trainer import Trainer
 from gammac.sparsify.model import LanguageModel, load_model
 from gammac.sparsify.run import make_method
-from gammac.sparsify.trainer import Trainer
 
 SPARSE = [name for name, method in METHODS.items() if method.sparse]
 

@@ -36,7 +36,7 @@ from gammac.passes.choices import with_sparsity
 from gammac.passes.collect_grams import CollectGrams
 from gammac.passes.quantize import Quantize
 from gammac.passes.quantizers import Gptq, make_quantizer, output_error
-from gammac.passes.quantizers.two_four import order_of_fours
+from gammac.passes.quantizers.sparse_sweep import order_of_groups
 from gammac.passes.sensitivity import WeightMse
 from gammac.passes.sparsifiers import SPARSIFIERS, make_sparsifier
 from gammac.pipeline import Context, Pipeline
@@ -211,7 +211,7 @@ def test_the_sweep_equals_its_definition() -> None:
 
 
 def test_fours_stay_together_in_act_order() -> None:
-    order = order_of_fours(torch.tensor([0.0, 0, 0, 1, 5, 0, 0, 0, 2, 2, 2, 2]))
+    order = order_of_groups(torch.tensor([0.0, 0, 0, 1, 5, 0, 0, 0, 2, 2, 2, 2]), 4)
     assert order.tolist() == [8, 9, 10, 11, 4, 5, 6, 7, 0, 1, 2, 3]
 
 

@@ -49,15 +49,15 @@ OPTIONS: Final = (
     ),
     click.option(
         "--sparsity",
-        type=click.Choice(["2:4", "auto"]),
+        type=click.Choice(["2:4", "auto", "n:8", "unstructured"]),
         help="2:4: of every four inputs of a block linear two weights stay; auto: dense and 2:4 formats "
-        "compete.",
+        "compete; n:8, unstructured: several densities compete, on the target reference.",
     ),
     click.option(
         "--mask",
-        type=click.Choice(["sparsegpt", "wanda", "magnitude"]),
-        help="Which two stay (default: sparsegpt). Weights that are 2:4 already, as gammac sparsify leaves "
-        "them, keep their zeros.",
+        help="Which weights stay: sparsegpt (default), wanda or magnitude; or 2:4 learnt block by block: "
+        'sparseforge, ast, cast or maskllm, options as in "sparseforge{steps=400}". Weights that are 2:4 '
+        "already, as gammac sparsify leaves them, keep their zeros.",
     ),
     click.option("--damping", default=0.01, show_default=True, help="gptq: share of the mean diagonal."),
     click.option(
@@ -159,11 +159,22 @@ def request_of(options: Mapping[str, Any], budget: str, seed: int, **chosen: Any
 
 
 def _masked(options: Mapping[str, Any], block: str) -> dict[str, str]:
-    """The quantizer with the mask that the user chose. Raises CompileError where nothing is masked."""
+    """The quantizer with the mask that the user chose, or the method that learns it. Raises CompileError for
+    an unknown one, and where nothing is masked."""
     from gammac.diagnostics import CompileError
+    from gammac.formats import parse_formats
+    from gammac.passes.sparsifiers import SPARSIFIERS
+    from gammac.passes.sparsify import TRAINED_MASKS
 
     if not options["mask"]:
         return {}
-    if "s24" not in block:
-        raise CompileError("--mask says which weights stay in 2:4 formats", hint="--sparsity 2:4 or auto")
-    return {"quantizer": f"{options['quantizer']}:mask={options['mask']}"}
+    if all(f.density == 1 for f in parse_formats(block)):
+        raise CompileError("--mask says which weights stay in sparse formats", hint="--sparsity 2:4 or auto")
+    name = options["mask"].partition("{")[0]
+    if name in TRAINED_MASKS:
+        return {"mask": options["mask"]}
+    if name != options["mask"] or name not in SPARSIFIERS:
+        raise CompileError(
+            f"no mask {options['mask']!r}", hint=f"there are {', '.join((*SPARSIFIERS, *TRAINED_MASKS))}"
+        )
+    return {"quantizer": f"{options['quantizer']}:mask={name}"}

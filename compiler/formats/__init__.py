@@ -14,6 +14,8 @@
     s24w4g64       two of each four inputs of a row in 4 bits, the others zero; 3 bits say which two are kept
     s24w4g64-hw    the same with 4 bits for their positions, as the hardware has them
     s24f16         two of each four as f16 numbers
+    s38w4g64       three of each eight in 4 bits; 6 bits say which
+    u50w4g64       half of each row in 4 bits, wherever it stands; a bit for each weight says where
 
 `dequantize` and the count of stored bits stand here and nowhere else.
 """
@@ -38,6 +40,7 @@ from gammac.formats.calibrated import (
 )
 from gammac.formats.dual_binary import DUAL_BINARY, DualBinaryFormat
 from gammac.formats.integer import INTEGER, IntegerFormat
+from gammac.formats.kept import N_OF_EIGHT, UNSTRUCTURED, KeptFormat, NOfEightFormat, UnstructuredFormat
 from gammac.formats.names import parse_format, parse_formats
 from gammac.formats.normal_float import DOUBLE_NORMAL_FLOAT, NORMAL_FLOAT, DoubleNormalFloat, NormalFloat
 from gammac.formats.partly_binary import PARTLY_BINARY, PartlyBinaryFormat
@@ -68,23 +71,28 @@ __all__ = [
     "FALLBACK_GROUPS",
     "INTEGER",
     "NORMAL_FLOAT",
+    "N_OF_EIGHT",
     "OFFSET_NORMAL_FLOAT",
     "PARTLY_BINARY",
     "SCALE_BITS",
     "TRELLIS",
     "TWO_FOUR",
+    "UNSTRUCTURED",
     "BinaryResidualFormat",
     "CalibratedNormalFloat",
     "DoubleNormalFloat",
     "DualBinaryFormat",
     "Format",
     "IntegerFormat",
+    "KeptFormat",
+    "NOfEightFormat",
     "NormalFloat",
     "OffsetNormalFloat",
     "PartlyBinaryFormat",
     "Quantized",
     "TrellisFormat",
     "TwoFourFormat",
+    "UnstructuredFormat",
     "candidates_of",
     "code_values",
     "concat_rows",

@@ -39,6 +39,11 @@ class Format(ABC):
     def dequantize(self, parts: Parts) -> Tensor:
         """The numbers that stored parts stand for, f32 [rows, columns]."""
 
+    @property
+    def density(self) -> float:
+        """The share of weights that are kept."""
+        return 1.0
+
     def payload_bits(self, rows: int, columns: int) -> int:
         """Bits of the codes alone."""
         return int(self.bits * rows * columns + 1e-6)  # down, so that a budget of the headline is kept

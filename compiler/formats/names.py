@@ -10,6 +10,7 @@ from gammac.formats.binary_residual import BinaryResidualFormat
 from gammac.formats.calibrated import CalibratedNormalFloat, OffsetNormalFloat
 from gammac.formats.dual_binary import DualBinaryFormat
 from gammac.formats.integer import IntegerFormat
+from gammac.formats.kept import NOfEightFormat, UnstructuredFormat
 from gammac.formats.normal_float import DoubleNormalFloat, NormalFloat
 from gammac.formats.partly_binary import PartlyBinaryFormat
 from gammac.formats.trellis import STATE_BITS, TrellisFormat
@@ -36,12 +37,17 @@ SPELLINGS: Final[Sequence[tuple[str, Callable[[Found, int], Format]]]] = (
         r"s24f16(?P<group>)(-hw)?",
         lambda m, group: TwoFourFormat(FLOAT_WIDTH, group, bool(m[2])),
     ),
+    (rf"s([1-7])8w([2-8]){GROUP}", lambda m, group: NOfEightFormat(int(m[2]), group, int(m[1]))),
+    (r"s([1-7])8f16(?P<group>)", lambda m, group: NOfEightFormat(FLOAT_WIDTH, group, int(m[1]))),
+    (rf"u([1-9]\d?)w([2-8]){GROUP}", lambda m, group: UnstructuredFormat(int(m[2]), group, int(m[1]))),
+    (r"u([1-9]\d?)f16(?P<group>)", lambda m, group: UnstructuredFormat(FLOAT_WIDTH, group, int(m[1]))),
 )
 EXAMPLES: Final = (
     "w4g64, w3g128-sym or w8channel (bits 1 to 8); "
     "or nf4g64, nf4g64-dq, nf4g64-icq or nf4g64-offset (bits 2 to 4), fdb2g64, pb1.7g128, "
     "bi1.1g128, "
-    "tcq2 or tcq3-l10 (bits 1 to 4), s24w4g64, s24f16"
+    "tcq2 or tcq3-l10 (bits 1 to 4), s24w4g64, s24f16, s48w4g64, "
+    "u50w4g64"
 )
 
 

@@ -58,6 +58,16 @@ class TwoFourFormat(Format):
         return self.width == FLOAT_WIDTH
 
     @property
+    def density(self) -> float:
+        """See Format."""
+        return KEPT / FOUR
+
+    @property
+    def together(self) -> int:
+        """How many columns no order may tear apart."""
+        return FOUR
+
+    @property
     def grid(self) -> IntegerFormat:
         """The format of kept values: symmetric, so that zero is one of its numbers."""
         assert not self.is_float, f"{self.name} has no grid"

@@ -18,11 +18,11 @@ from gammac.files import write_atomically
 from gammac.formats import is_two_four
 from gammac.frontend.source import quiet
 from gammac.models_zoo.texts import default_calibration_text
+from gammac.passes.masks.methods import METHODS, Dense
+from gammac.passes.masks.trainer import Trainer
 from gammac.progress import Progress, no_progress
 from gammac.runtime.staging import check_writable, staging
-from gammac.sparsify.methods import METHODS, Dense
 from gammac.sparsify.model import LanguageModel, load_model
-from gammac.sparsify.trainer import Trainer
 from gammac.texts import read_text, token_windows
 from gammac.weights import digest_of
 

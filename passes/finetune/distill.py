@@ -27,6 +27,7 @@ from gammac.ir import Module, to_text
 from gammac.passes.candidates import weights_have_candidates
 from gammac.passes.finetune.deviation_aware import deviation_aware_loss
 from gammac.passes.finetune.student import Learnt, Student
+from gammac.passes.finetune.two_models import windows_to_learn_from
 from gammac.passes.kl_gradient import KlGradient, MeanKl
 from gammac.passes.quantize import weights_have_formats
 from gammac.passes.sensitivity.scores import check_range, rounded
@@ -66,16 +67,11 @@ class Distill:
 
     def run(self, module: Module, ctx: Context) -> Module:
         """Raises CompileError without calibration text, or for an encoder."""
-        tokens = ctx.calibration.tokens if ctx.calibration else torch.empty(0, 0)
         if module.attrs.get("kind") == "encoder":
             raise CompileError(
                 f"{self.name} needs a model that predicts the next token", hint="leave it out: --no-distill"
             )
-        if len(tokens) < 2 * BATCH_WINDOWS:
-            raise CompileError(
-                f"{self.name} needs {2 * BATCH_WINDOWS} windows of calibration text or more",
-                hint="give --calibration FILE and --calibration-windows",
-            )
+        tokens = windows_to_learn_from(self.name, ctx)
         key = key_of(to_text(module), full_options_text(self), ctx.fingerprint(self.reads))
         trainer = _Trainer(self, module, tokens, ctx)
         before = trainer.error()

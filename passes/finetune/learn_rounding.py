@@ -21,24 +21,23 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from gammac.cache import key_of
-from gammac.calibration import BATCH_WINDOWS, Segment, Stream
+from gammac.calibration import BATCH_WINDOWS, Segment
 from gammac.diagnostics import CompileError
 from gammac.formats import Quantized, candidates_of, load_chosen, load_float
 from gammac.ir import Module, to_text
-from gammac.ir.interpret import Env, Weights, run_ops
+from gammac.ir.interpret import Weights
 from gammac.passes.candidates import weights_have_candidates
 from gammac.passes.finetune.latents import LEARNABLE, SIGN, latents_of
+from gammac.passes.finetune.two_models import TwoModels, in_place_of, loaded_once, windows_to_learn_from
 from gammac.passes.quantize import weights_have_formats
 from gammac.passes.sensitivity.scores import check_range, rounded
 from gammac.pipeline import Context, Invariant, full_options_text
-
-APART: Final = 8  # every so manieth batch of windows is set apart
 
 
 @dataclass(frozen=True)
@@ -70,19 +69,15 @@ class LearnRounding:
 
     def run(self, module: Module, ctx: Context) -> Module:
         """Each finished block is remembered. Raises CompileError without two batches of calibration text."""
-        if ctx.calibration is None or len(ctx.calibration.tokens) < 2 * BATCH_WINDOWS:
-            raise CompileError(
-                f"{self.name} needs {2 * BATCH_WINDOWS} windows of calibration text or more",
-                hint="give --calibration FILE and --calibration-windows",
-            )
+        tokens = windows_to_learn_from(self.name, ctx)
         key = key_of(to_text(module), full_options_text(self), ctx.fingerprint(self.reads))
-        learner = _Learner(self, module, ctx, ctx.calibration.tokens)
+        learner = _Learner(self, module, ctx, tokens)
         errors: list[tuple[float, float]] = []
-        for index in ctx.progress(range(len(learner.teacher.segments) - 1), "learning to round"):
-            learner.advance(learner.teacher, index, learner.full)
+        for index in ctx.progress(range(len(learner.models.segments) - 1), "learning to round"):
+            learner.models.advance_teacher(index, learner.full)
             found = ctx.cache.record(key_of(key, str(index)), partial(learner.learn, index))
             learner.adopt(found["digests"])
-            learner.advance(learner.student, index, learner.allocated)
+            learner.models.advance_student(index, learner.allocated)
             if "before" in found:
                 errors.append((found["before"], found["after"]))
         if not errors:
@@ -96,13 +91,7 @@ class _Learner:
 
     def __init__(self, options: LearnRounding, module: Module, ctx: Context, tokens: Tensor) -> None:
         self.options, self.module, self.ctx = options, module, ctx
-        function = module.functions["forward"]
-        self.teacher, self.student = Stream(function, tokens), Stream(function, tokens)
-        self.teacher.start()
-        self.student.start()
-        every = range(len(self.teacher.batches))
-        self.apart = tuple(every)[::APART]
-        self.used = tuple(b for b in every if b not in self.apart)
+        self.models = TwoModels(module.functions["forward"], tokens)
 
     # ---- the two models -------------------------------------------------------------------------
 
@@ -128,94 +117,44 @@ class _Learner:
             weights.append(weight.with_attrs(candidates=candidates))
         self.module = self.module.with_weights(*weights)
 
-    def advance(self, stream: Stream, index: int, source: Weights) -> None:
-        """One of the models through a segment over all batches, for the next one to read."""
-        segment, weights = stream.segments[index], _kept(source)
-        for batch in range(len(stream.batches)):
-            env = stream.load(index, batch)
-            with torch.no_grad():
-                keep = stream.segments[index + 1].live_in
-                run_ops(segment.ops, env, stream.sizes[batch], weights, keep=keep)
-            stream.save(index + 1, batch, env)
-        stream.forget(index)
-
     # ---- one block ------------------------------------------------------------------------------
 
     def learn(self, index: int) -> dict[str, Any]:
         """Digests of better codes by weight name, and the errors before and behind."""
-        segment = self.teacher.segments[index]
-        names = _learnable(segment, self.module)
+        names = _learnable(self.models.segments[index], self.module)
         if not names:
             return {"digests": {}}
         start = {n: self.codes(n) for n in names}
         latents = {n: latents_of(self.full(n), start[n], self.options.by) for n in names}
-        fixed = _kept(self.allocated)
-        before = self._error(segment, index, start, fixed)
+        fixed = loaded_once(self.allocated)
+        before = self._error(index, start, fixed)
         generator = torch.Generator().manual_seed(self.ctx.seed * 7919 + index)
-        count = max(1, self.options.batch // BATCH_WINDOWS)
+        count, used = max(1, self.options.batch // BATCH_WINDOWS), self.models.used
         for step in range(self.options.steps):
-            picked = torch.randint(len(self.used), (count,), generator=generator).tolist()
+            picked = torch.randint(len(used), (count,), generator=generator).tolist()
             left = 1 - step / self.options.steps
             drawn = {n: x.drawn(left, generator) for n, x in latents.items()}
-            gradients = self._gradients(segment, index, [self.used[i] for i in picked], drawn, fixed)
+            gradients = self._gradients(index, [used[i] for i in picked], drawn, fixed)
             for n, x in latents.items():
                 rate = self.options.rate or x.pace / self.options.steps
                 x.move(gradients[n], rate * left, self.options.scale_rate * left)
         learnt = {n: x.quantized() for n, x in latents.items()}
-        after = self._error(segment, index, learnt, fixed)
+        after = self._error(index, learnt, fixed)
         if after >= before:
             return {"digests": {}, "before": before, "after": before}
         digests = {n: self.ctx.store.put(q.parts) for n, q in learnt.items()}
         return {"digests": digests, "before": before, "after": after}
 
-    def _wanted(self, segment: Segment, index: int, batch: int) -> Env:
-        """What the full-precision block puts out on full-precision inputs."""
-        following = self.teacher.load(index + 1, batch)
-        return {v: following[v] for v in segment.live_out if v in following}
-
-    def _put_out(self, segment: Segment, index: int, batch: int, weights: Weights) -> Env:
-        env = self.student.load(index, batch)
-        run_ops(segment.ops, env, self.student.sizes[batch], weights, keep=segment.live_out)
-        return {v: env[v] for v in segment.live_out}
-
     def _gradients(
-        self, segment: Segment, index: int, batches: list[int], drawn: Mapping[str, Tensor], fixed: Weights
+        self, index: int, batches: list[int], drawn: Mapping[str, Tensor], fixed: Weights
     ) -> dict[str, Tensor]:
         """∂L/∂W of a block's squared error at these weights, by name."""
         leaves = {n: weight.requires_grad_() for n, weight in drawn.items()}
-        loss = torch.zeros(())
-        for batch in batches:
-            out = self._put_out(segment, index, batch, lambda n: leaves[n] if n in leaves else fixed(n))
-            loss = loss + _squared(out, self._wanted(segment, index, batch))
+        loss = self.models.lost(index, batches, in_place_of(leaves, fixed))
         return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
 
-    def _error(self, segment: Segment, index: int, tried: Mapping[str, Quantized], fixed: Weights) -> float:
-        """Relative squared error on the batches that are set apart."""
-        weights = {n: q.dequantize() for n, q in tried.items()}
-        lost = size = 0.0
-        for batch in self.apart:
-            wanted = self._wanted(segment, index, batch)
-            with torch.no_grad():
-                out = self._put_out(segment, index, batch, lambda n: weights[n] if n in weights else fixed(n))
-            lost += float(_squared(out, wanted))
-            size += float(sum(t.square().sum() for t in wanted.values()))
-        return lost / max(size, 1e-30)
-
-
-def _squared(out: Env, wanted: Env) -> Tensor:
-    return torch.stack([(out[v] - wanted[v]).square().sum() for v in wanted]).sum()
-
-
-def _kept(source: Weights) -> Weights:
-    """Each weight loaded once."""
-    loaded: dict[str, Tensor] = {}
-
-    def get(name: str) -> Tensor:
-        if name not in loaded:
-            loaded[name] = source(name)
-        return loaded[name]
-
-    return get
+    def _error(self, index: int, tried: Mapping[str, Quantized], fixed: Weights) -> float:
+        return self.models.error(index, {n: q.dequantize() for n, q in tried.items()}, fixed)
 
 
 def _learnable(segment: Segment, module: Module) -> list[str]:

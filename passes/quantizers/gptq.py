@@ -17,18 +17,23 @@ from gammac.diagnostics import CompileError
 from gammac.formats import (
     DOUBLE_NORMAL_FLOAT,
     INTEGER,
+    N_OF_EIGHT,
     NORMAL_FLOAT,
     TWO_FOUR,
+    UNSTRUCTURED,
     Format,
     IntegerFormat,
+    KeptFormat,
     NormalFloat,
     Quantized,
     TwoFourFormat,
 )
 from gammac.passes.quantizers.grid import Grid, as_quantized, choose_grid, on_grid
+from gammac.passes.quantizers.kept import KeptSweep
 from gammac.passes.quantizers.kernels import sweep_block
 from gammac.passes.quantizers.nf import sweep_normal_float
-from gammac.passes.quantizers.two_four import TwoFourSweep, order_of_fours
+from gammac.passes.quantizers.sparse_sweep import SparseSweep, order_of_groups
+from gammac.passes.quantizers.two_four import TwoFourSweep
 from gammac.passes.sparsifiers import make_sparsifier
 
 DAMPING_TRIES: Final = 5
@@ -37,11 +42,18 @@ DAMPING_TRIES: Final = 5
 @dataclass(frozen=True)
 class Gptq:
     """`damping` is a share of the mean diagonal; `block` columns are swept before the rest is updated;
-    `mask`: the sparsifier that says what is kept in 2:4 formats."""
+    `mask`: the sparsifier that says what is kept in sparse formats."""
 
     name: ClassVar[str] = "gptq"
     needs_gram: ClassVar[bool] = True
-    kinds: ClassVar[tuple[str, ...]] = (INTEGER, NORMAL_FLOAT, DOUBLE_NORMAL_FLOAT, TWO_FOUR)
+    kinds: ClassVar[tuple[str, ...]] = (
+        INTEGER,
+        NORMAL_FLOAT,
+        DOUBLE_NORMAL_FLOAT,
+        TWO_FOUR,
+        N_OF_EIGHT,
+        UNSTRUCTURED,
+    )
     stacks: ClassVar[bool] = True
     clip: str = "mse"
     act_order: bool = True
@@ -56,20 +68,35 @@ class Gptq:
     def quantize(self, weight: Tensor, gram: Tensor | None, formats: Sequence[Format]) -> list[Quantized]:
         """See Quantizer. Raises CompileError when the Gram matrix has no usable inverse."""
         assert gram is not None, "gptq needs the Gram matrix of the inputs"
-        sparse = [f for f in formats if isinstance(f, TwoFourFormat)]
-        dense = [f for f in formats if not isinstance(f, TwoFourFormat)]
-        made = self._two_four(weight, gram, sparse) if sparse else []
+        sparse = [f for f in formats if isinstance(f, TwoFourFormat | KeptFormat)]
+        dense = [f for f in formats if not isinstance(f, TwoFourFormat | KeptFormat)]
+        made = self._sparse(weight, gram, sparse) if sparse else []
         made += self._dense(weight, gram, dense) if dense else []
         found = {quantized.format: quantized for quantized in made}
         return [found[f] for f in formats]
 
-    def _two_four(self, weight: Tensor, gram: Tensor, formats: Sequence[TwoFourFormat]) -> list[Quantized]:
+    def _sparse(
+        self, weight: Tensor, gram: Tensor, formats: Sequence[TwoFourFormat | KeptFormat]
+    ) -> list[Quantized]:
+        """Formats of one pattern share a mask where nothing is rounded, and the work before it."""
         diagonal = gram.diagonal().clamp(min=0)
-        order = order_of_fours(diagonal) if self.act_order else torch.arange(len(gram))
-        weight = weight.masked_fill(diagonal <= 0, 0.0)
-        factor = inverse_factor(gram[order][:, order], self.damping)
-        sweep = TwoFourSweep(weight, make_sparsifier(self.mask), diagonal, order, factor)
-        return [sweep.quantized(f, self.clip) for f in formats]
+        weight, sparsifier = weight.masked_fill(diagonal <= 0, 0.0), make_sparsifier(self.mask)
+        alike: dict[tuple[str, float], list[TwoFourFormat | KeptFormat]] = {}
+        for format_ in formats:
+            alike.setdefault((format_.kind, format_.density), []).append(format_)
+        found = []
+        for first, *others in alike.values():
+            order = torch.arange(len(gram))
+            if self.act_order:
+                order = order_of_groups(diagonal, first.together)
+            parts = (sparsifier, diagonal, order, inverse_factor(gram[order][:, order], self.damping))
+            sweep: SparseSweep
+            if isinstance(first, KeptFormat):
+                sweep = KeptSweep(first, weight, *parts)
+            else:
+                sweep = TwoFourSweep(weight, *parts)
+            found += [sweep.quantized(f, self.clip) for f in (first, *others)]
+        return found
 
     def _dense(self, weight: Tensor, gram: Tensor, formats: Sequence[Format]) -> list[Quantized]:
         feedback = Feedback.of(gram, self.act_order, self.damping, self.block)

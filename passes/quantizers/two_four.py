@@ -1,75 +1,26 @@
 """2:4 weights in one sweep: SparseGPT's choice of what is kept and GPTQ's rounding share one feedback.
 
-SparseGPT (Frantar and Alistarh 2023, arXiv 2301.00774), section 3.4: a pruned weight becomes zero inside the
-sweep, so that the columns to come make up for it as they do for rounding. Grids are those of kept weights: a
-first sweep prunes without rounding. A row that is 2:4 already keeps its zeros, whatever the sparsifier.
+Two of each four are chosen when the sweep reaches them. A row that is 2:4 already keeps its zeros, whatever
+the sparsifier.
 """
 
-from typing import Final
-
-import torch
 from torch import Tensor
 
-from gammac.formats import Quantized, TwoFourFormat, is_two_four, keep_two
-from gammac.formats.two_four import FOUR
-from gammac.passes.quantizers.grid import Grid, choose_grid
-from gammac.passes.quantizers.kernels import sweep_fours
+from gammac.formats import is_two_four, keep_two
+from gammac.passes.quantizers.sparse_sweep import SparseSweep
 from gammac.passes.sparsifiers import Sparsifier
 
-BLOCK: Final = 128  # columns that are swept before the rest is updated
 
-
-def order_of_fours(diagonal: Tensor) -> Tensor:
-    """Columns [columns] in order of decreasing sums of the diagonal over four of them, fours left whole."""
-    fours = torch.argsort(diagonal.reshape(-1, FOUR).sum(1), descending=True, stable=True)
-    return (fours[:, None] * FOUR + torch.arange(FOUR)).flatten()
-
-
-class TwoFourSweep:
-    """Sweeps of one weight f32 [rows, columns]; `factor` is `inverse_factor` of the Gram matrix in `order`,
-    which leaves fours whole, and `diagonal` [columns] that of the Gram matrix."""
+class TwoFourSweep(SparseSweep):
+    """See SparseSweep; the order leaves fours whole."""
 
     def __init__(
         self, weight: Tensor, sparsifier: Sparsifier, diagonal: Tensor, order: Tensor, factor: Tensor
     ) -> None:
-        self.weight, self.diagonal, self.order, self.factor = weight, diagonal, order, factor
-        self.importance = sparsifier.importance(diagonal[order], factor.diagonal())
+        super().__init__(weight, sparsifier, diagonal, order, factor)
         done = is_two_four(weight)
-        self.fixed = keep_two(weight.abs() * self._restored(self.importance[None]))
+        self.fixed = keep_two(weight.abs() * self.restored(self.importance[None]))
         self.fixed[done] = keep_two((weight[done] != 0).float())
-        self.choose = ~done if sparsifier.in_sweep else torch.zeros_like(done)
-        # what stays without rounding, and where
-        self.pruned, self.mask = self._sweep(None, 0, 0)
-
-    def quantized(self, format_: TwoFourFormat, clip: str) -> Quantized:
-        """The weight in a format, its grid searched as `clip` says."""
-        if format_.is_float:
-            return format_.quantized(self.pruned, self.mask)
-        grid = choose_grid(self.pruned, format_.grid, clip, self.diagonal)
-        size = format_.inputs_per_scale(self.weight.shape[1])
-        values, mask = self._sweep(grid, format_.grid.levels, size)
-        scales = grid.scales.repeat_interleave(size, dim=1)[:, : values.shape[1]]
-        return format_.quantized((values / scales).round() + format_.grid.midpoint, mask, grid.scales)
-
-    def _sweep(self, grid: Grid | None, levels: int, size: int) -> tuple[Tensor, Tensor]:
-        """What became of each weight, and the mask, in the original order; no grid, no rounding."""
-        rows, columns = self.weight.shape
-        left = self.weight[:, self.order].contiguous()
-        keep = self.fixed[:, self.order].contiguous()
-        groups = (self.order // (size or columns)).numpy()
-        scales = torch.ones(rows, 1) if grid is None else grid.scales
-        became = torch.empty_like(left)
-        for start in range(0, columns, BLOCK):
-            end = min(start + BLOCK, columns)
-            errors = torch.empty(rows, end - start)
-            sweep_fours(
-                left.numpy(), became.numpy(), keep.numpy(), errors.numpy(), self.factor.numpy(),
-                self.importance.numpy(), scales.numpy(), groups, levels, self.choose.numpy(), start, end,
-            )  # fmt: skip
-            left[:, end:].addmm_(errors, self.factor[start:end, end:], alpha=-1)
-        return self._restored(became), self._restored(keep)
-
-    def _restored(self, swept: Tensor) -> Tensor:
-        restored = torch.empty_like(swept)
-        restored[:, self.order] = swept
-        return restored
+        if sparsifier.in_sweep:
+            self.choose = ~done
+        self.prune()

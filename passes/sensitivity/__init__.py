@@ -12,13 +12,14 @@ from gammac.passes.sensitivity.fisher import Fisher
 from gammac.passes.sensitivity.gamma import Gamma
 from gammac.passes.sensitivity.greedy_kl import GreedyKl
 from gammac.passes.sensitivity.hawq import Hawq
+from gammac.passes.sensitivity.owl import Owl
 from gammac.passes.sensitivity.random_feasible import RandomFeasible
 from gammac.passes.sensitivity.uniform import Uniform
 from gammac.passes.sensitivity.weight_mse import WeightMse
 from gammac.pipeline import Pass
 
 _IN_ORDER: Final[tuple[type[Pass], ...]] = (
-    Gamma, Fisher, DeltaLoss, Hawq, GreedyKl, Amq, WeightMse, Uniform, FirstLastHigh, RandomFeasible,
+    Gamma, Fisher, DeltaLoss, Hawq, GreedyKl, Amq, WeightMse, Uniform, FirstLastHigh, RandomFeasible, Owl,
 )  # fmt: skip
 STRATEGIES: Final[dict[str, type[Pass]]] = {s.name: s for s in _IN_ORDER}
 
@@ -36,5 +37,6 @@ __all__ = [
     "Gamma",
     "GreedyKl",
     "Hawq",
+    "Owl",
     "WeightMse",
 ]

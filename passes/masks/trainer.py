@@ -17,10 +17,10 @@ from torch import Tensor
 
 from gammac.files import write_atomically
 from gammac.formats import keep_two
+from gammac.passes.masks.curvature import hutchinson
+from gammac.passes.masks.gates import binarity
+from gammac.passes.masks.methods import Clock, Dense
 from gammac.progress import Progress, no_progress
-from gammac.sparsify.curvature import hutchinson
-from gammac.sparsify.gates import binarity
-from gammac.sparsify.methods import Clock, Dense
 
 BETAS: Final = (0.9, 0.95)
 EPSILON: Final = 1e-8

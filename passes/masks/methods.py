@@ -15,7 +15,7 @@ from torch import Tensor
 from gammac.diagnostics import CompileError
 from gammac.formats import keep_two
 from gammac.formats.two_four import FOUR, PATTERNS, by_four
-from gammac.sparsify import gates
+from gammac.passes.masks import gates
 
 State = dict[str, Tensor]
 
