@@ -4,13 +4,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from gammac.diagnostics import CompileError
+
+# low-rank ways around the masks of a checkpoint, beside it: transformers doesn't read them
+BYPASS: Final = "bypass.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,3 +49,12 @@ def _demand_pairs(arrays: Mapping[str, Any]) -> None:
             raise ValueError(f"{key} is no factor, f32 with two dimensions")
         if not {f"{name}/a", f"{name}/b"} <= arrays.keys():
             raise ValueError(f"{name} has one factor")
+
+
+def demand_no_bypass(folder: Path) -> None:
+    """Raises CompileError for a checkpoint that is not what transformers would make of it."""
+    if (folder / BYPASS).is_file():
+        raise CompileError(
+            f"{folder} has a bypass around its masks ({BYPASS}), which transformers would leave out",
+            hint="compile it, or compare its artifact with the dense model that it was trained from",
+        )

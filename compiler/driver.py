@@ -42,7 +42,7 @@ from gammac.targets.cost import Cost, module_cost
 from gammac.targets.onnx.emit import emitted_function
 from gammac.targets.target import ANY, BLOCK, NO_EMITTER, REFERENCE, TABLE, Target, load_target
 from gammac.texts import Calibration, read_text, token_windows
-from gammac.trained_model import demand_trained, trained_choices, with_own_adapters
+from gammac.trained_model import demand_trained, trained_choices, with_bypass, with_own_adapters
 from gammac.weights import WeightStore
 
 TOKENIZER_FILES: Final = (
@@ -150,7 +150,7 @@ def make_plan(request: Request, cache: Path | None = None, *, artifact: bool = T
         request = replace(request, choices=trained_choices(request.choices, source))
         default_pipeline(request.choices, target.emitter, compiler=backend.every_width)
     store = WeightStore(folder / "weights")
-    module = capture(source, store)
+    module = with_bypass(capture(source, store), source, store)
     wanted = (strategy_of(request.choices), *refine_of(request.choices))
     needy = [p.name for p in wanted if p.name in NEED_NEXT_TOKEN or isinstance(p, Refine)]
     needy += [Distill.name] if request.choices.distill else []

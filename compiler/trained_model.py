@@ -3,6 +3,7 @@
 from dataclasses import fields
 from pathlib import Path
 
+from gammac.adapter_file import BYPASS
 from gammac.diagnostics import CompileError
 from gammac.frontend.export import Source
 from gammac.ir import Module
@@ -45,3 +46,14 @@ def with_own_adapters(module: Module, choices: Choices, store: WeightStore) -> M
     for adding in adapters_of(choices):
         module = with_adapters(module, read_adapters(Path(adding.file)).factors, store)
     return module
+
+
+def with_bypass(module: Module, source: Source, store: WeightStore) -> Module:
+    """The module with the low-rank ways around its masks, where `gammac sparsify --bypass` left some.
+
+    Raises CompileError for a damaged file, or one of another model.
+    """
+    file = source.folder / BYPASS
+    if source.gguf is not None or not file.is_file():
+        return module
+    return with_adapters(module, read_adapters(file).factors, store)

@@ -13,10 +13,13 @@ from gammac.cli import main
 from gammac.diagnostics import CompileError
 from gammac.driver import resolve
 from gammac.formats import is_two_four, keep_two
+from gammac.ir import parse
 from gammac.passes.masks import gates
 from gammac.passes.masks.curvature import hutchinson
 from gammac.passes.masks.methods import METHODS, Clock, Dense, MaskLlm, SparseForge
 from gammac.passes.masks.trainer import Trainer
+from gammac.passes.training.adapters import read_adapters
+from gammac.runtime import reference
 from gammac.sparsify.model import LanguageModel, load_model
 from gammac.sparsify.run import make_method
 
@@ -220,3 +223,42 @@ def test_the_command_line_leaves_a_checkpoint_that_compile_takes_on(
     assert all(is_two_four(weights[n]).all() for n in told["sparse"])
     few = CliRunner().invoke(main, ["sparsify", "tiny", "-o", str(tmp_path / "few"), "--tokens", "9"])
     assert few.exit_code == 1 and "less than a step" in few.stderr
+
+
+def test_a_bypass_learns_is_counted_and_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GAMMAC_CACHE", str(tmp_path / "cache"))
+    out, run = tmp_path / "sparse", CliRunner().invoke
+    wanted = ["--method", "ast", "--tokens", "4096", "--length", "64", "--batch", "4", "--rate", "1e-3"]
+    result = run(main, ["sparsify", "tiny", "-o", str(out), "--bypass", "64", *wanted])
+    assert result.exit_code == 0, result.output
+    factors = read_adapters(out / "bypass.safetensors").factors
+    assert len(factors) == 35 and all(bool(b.any()) for _, b in factors.values())
+    assert all(a.shape[1] == 64 * a.shape[0] for a, _ in factors.values())
+    quick = ["--calibration-windows", "4", "--calibration-length", "64", "--strategy", "uniform"]
+    asked = ["compile", str(out), "--sparsity", "2:4", "--table-formats", "w8g64", "--backend", "tvm", *quick]
+    result = run(main, [*asked, "--formats", "w4g64", "-o", str(tmp_path / "art")])
+    assert result.exit_code == 0, result.output
+    # 3 bits of 2:4 weights, and 32 for each of rows + columns numbers for 64 inputs of a weight
+    module = parse((tmp_path / "art" / "module.gir").read_text())
+    beside = sum(w.type.numel() for w in module.weights.values() if "adapter" in w.attrs)
+    assert beside == sum(t.numel() for pair in factors.values() for t in pair)
+    manifest = json.loads((tmp_path / "art" / "manifest.json").read_text())
+    weights = sum(w.type.numel() for w in module.weights.values() if w.attrs.get("role") == "block")
+    assert manifest["true_bits"] == pytest.approx(3 + 32 * beside / weights, rel=0.01)
+    # what is left out of it would be another model
+    result = run(main, ["eval", str(tmp_path / "art"), "--reference", str(out), "--text", "nothing.txt"])
+    assert result.exit_code == 1 and "Traceback" not in result.output
+    with pytest.raises(CompileError, match="has a bypass"):
+        reference.load_model(out)
+    with pytest.raises(CompileError, match="has a bypass"):
+        load_model(resolve(str(out)))
+
+
+def test_a_bypass_is_refused_where_it_has_no_place(tmp_path: Path) -> None:
+    for wrong, said in (
+        (["--method", "maskllm", "--bypass", "64"], "maskllm trains no bypass"),
+        (["--method", "dense", "--bypass", "64"], "dense trains no bypass"),
+        (["--bypass", "100"], "no multiple of a bypass of 100"),
+    ):
+        result = CliRunner().invoke(main, ["sparsify", "tiny", "-o", str(tmp_path / "out"), *wrong])
+        assert result.exit_code == 1 and said in result.stderr, result.output

@@ -32,6 +32,12 @@ from gammac.cli.console import OUT, show_progress
 )
 @click.option("--distill/--no-distill", default=True, show_default=True, help="KL to the dense model, too.")
 @click.option(
+    "--bypass",
+    type=click.IntRange(0),
+    default=0,
+    help="A low-rank way around each mask, at first a sum of so many inputs (such as 64; default: none).",
+)
+@click.option(
     "--text", type=click.Path(path_type=Path), help="What is trained on (default: the calibration text)."
 )
 @click.option("--seed", default=0, show_default=True)

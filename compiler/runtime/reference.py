@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
+from gammac.adapter_file import demand_no_bypass
 from gammac.formats import load_float
 from gammac.frontend.source import nonsense_is_an_error, quiet
 from gammac.ir import Module
@@ -142,8 +143,9 @@ def _token_inputs(tokens: Tensor, past: int) -> Mapping[str, Tensor]:
 def load_model(folder: Path) -> Any:
     """A transformers model in fp32 from a local folder, by the head that its config names.
 
-    Raises CompileError when the folder holds no model that transformers can read.
+    Raises CompileError when the folder holds no model that transformers can read, or more than that.
     """
+    demand_no_bypass(folder)
     with quiet(), nonsense_is_an_error(str(folder)):
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         head = ((config.architectures or [""])[0]).removeprefix(type(config).__name__.removesuffix("Config"))

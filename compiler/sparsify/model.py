@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from gammac.adapter_file import demand_no_bypass
 from gammac.diagnostics import CompileError
 from gammac.formats.two_four import FOUR
 from gammac.frontend.export import table_names
 from gammac.frontend.source import Source, model_class, nonsense_is_an_error, quiet
+from gammac.passes.masks.bypass import joined, started
 
 TEMPERATURE: Final = 2.0  # of the distillation, whose loss is scaled by its square
 APART: Final = 16  # every so manieth window is not trained on
@@ -24,6 +26,7 @@ def load_model(source: Source) -> nn.Module:
             f"{source.name} can't be trained: it is {'a .gguf file' if source.gguf else 'without tokenizer'}",
             hint="give a transformers folder with safetensors and a tokenizer",
         )
+    demand_no_bypass(source.folder)
     load: Any = model_class(source).from_pretrained
     with quiet(), nonsense_is_an_error(source.folder):
         model: Any = load(
@@ -53,14 +56,17 @@ def block_linears(model: nn.Module) -> tuple[str, ...]:
 
 
 class LanguageModel:
-    """Cross-entropy plus KL(dense ‖ trained) on windows of text: SparseForge's two losses, weighed alike."""
+    """Cross-entropy plus KL(dense ‖ trained) on windows of text: SparseForge's two losses, weighed alike.
+    `bypass`: inputs that a low-rank way around each mask sums up at first; 0 for none."""
 
     def __init__(
-        self, model: nn.Module, windows: Tensor, batch: int, seed: int, distill: bool = True
+        self, model: nn.Module, windows: Tensor, batch: int, seed: int, distill: bool = True, bypass: int = 0
     ) -> None:
         self.model, self.batch, self.seed, self.distill = model, batch, seed, distill
         self.sparse = block_linears(model)
         self.parameters = {n: p.detach().clone() for n, p in model.named_parameters()}
+        if bypass:
+            self.parameters |= started({n: self.parameters[n] for n in self.sparse}, bypass)
         for parameter in model.parameters():  # the model itself stays as it came: the teacher
             parameter.requires_grad_(False)
         apart = torch.arange(len(windows)) % APART == 0
@@ -98,7 +104,7 @@ class LanguageModel:
     def logits(self, parameters: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
         """Of windows i64 [n, length] with these parameters, f32 [n, length, vocab]."""
         found: Tensor = functional_call(
-            self.model, dict(parameters), kwargs={"input_ids": tokens, "use_cache": False}
+            self.model, joined(parameters), kwargs={"input_ids": tokens, "use_cache": False}
         ).logits
         return found
 

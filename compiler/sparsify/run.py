@@ -18,6 +18,7 @@ from gammac.files import write_atomically
 from gammac.formats import is_two_four
 from gammac.frontend.source import quiet
 from gammac.models_zoo.texts import default_calibration_text
+from gammac.passes.masks.bypass import write_bypass
 from gammac.passes.masks.methods import METHODS, Dense
 from gammac.passes.masks.trainer import Trainer
 from gammac.progress import Progress, no_progress
@@ -43,6 +44,7 @@ class SparsifyRequest:
     seed: int = 0
     text: Path | None = None
     distill: bool = True
+    bypass: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -76,11 +78,15 @@ def sparsify(request: SparsifyRequest, out: Path, progress: Progress = no_progre
             f"{request.tokens} tokens are less than a step of {request.batch} windows of {request.length}",
             hint="grant more --tokens, or a smaller --batch or --length",
         )
+    if request.bypass and not (method.sparse and method.trains_weights):
+        raise CompileError(
+            f"{method.name} trains no bypass", hint="leave out --bypass, or train another method"
+        )
     text = read_text(request.text) if request.text else default_calibration_text()
     source = resolve(request.model)
     model = load_model(source)
     windows = token_windows(text, source.tokenizer, request.length, None)
-    problem = LanguageModel(model, windows, request.batch, request.seed, request.distill)
+    problem = LanguageModel(model, windows, request.batch, request.seed, request.distill, request.bypass)
     trainer = Trainer(problem, method, request.steps, request.rate, request.seed)
     key = key_of(repr(method), repr(request), digest_of(problem.parameters), digest_of({"windows": windows}))
     saved = out.parent / f"{out.name}.training.safetensors"
@@ -102,6 +108,7 @@ def _write(folder: Path, trainer: Trainer, request: SparsifyRequest) -> None:
     saving: Any = problem.adopt()
     with quiet():
         saving.save_pretrained(folder)
+    write_bypass(folder, problem.parameters)
     table = io.StringIO()
     writer = csv.DictWriter(table, list(trainer.rows[0]), lineterminator="\n")
     writer.writeheader()
