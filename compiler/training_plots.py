@@ -1,4 +1,5 @@
-"""Figures of a training, PNG and SVG: loss, λ and average bits over the steps, and the bits of each weight.
+"""Figures of a training, PNG and SVG: loss, λ and average bits, or binarity and density of masks, over the
+steps, and the bits of each weight.
 
 Equal histories give equal bytes. Imports matplotlib (the extra `plots`), so import this only where figures
 are drawn.
@@ -16,7 +17,13 @@ from gammac.passes.training.trainer import smoothed_losses
 from gammac.plots import METADATA, RC, WIDTHS, save, width_colour
 
 Rows = Sequence[Mapping[str, Any]]
-PANELS: Final = (("loss", "loss, nats"), ("average_bits", "average bits"), ("lambda", "λ"))
+PANELS: Final = (
+    ("loss", "loss, nats"),
+    ("average_bits", "average bits"),
+    ("lambda", "λ"),
+    ("binarity", "4 m (1 − m) of masks"),
+    ("density", "share kept"),
+)
 
 
 def draw_training(history: Rows, folder: Path) -> list[Path]:
@@ -33,7 +40,7 @@ def draw_training(history: Rows, folder: Path) -> list[Path]:
 
 
 def _curves(history: Rows) -> Figure:
-    """A panel for each of loss, average bits and λ, over the steps."""
+    """A panel for each of loss, average bits and so on, over the steps; a line where masks are frozen."""
     panels = [(key, label) for key, label in PANELS if key in history[0]]
     figure = Figure((6.4, 0.6 + 1.9 * len(panels)), layout="constrained")
     steps = [row["step"] for row in history]
@@ -46,7 +53,10 @@ def _curves(history: Rows) -> Figure:
             one.legend(frameon=False)
         one.set_ylabel(label)
         one.grid(True, axis="y", alpha=0.2)
-    axes[-1].set_xlabel("step")
+    frozen = next((row["step"] for row in history if row.get("frozen")), None)
+    for one in axes if frozen is not None else ():
+        one.axvline(frozen, color="C7", linewidth=0.8, linestyle=":")
+    axes[-1].set_xlabel("step" if frozen is None else "step (dotted: the final masks)")
     return figure
 
 

@@ -1,5 +1,6 @@
 """Training 2:4 masks: curvature, hardening, the final mask, resuming, and a checkpoint for compile."""
 
+import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -217,6 +218,8 @@ def test_the_command_line_leaves_a_checkpoint_that_compile_takes_on(
     told = json.loads((out / "sparsify.json").read_text())
     assert told["method"] == "ast" and len(told["sparse"]) == 35
     assert len((out / "curves.csv").read_text().splitlines()) == 4
+    if importlib.util.find_spec("matplotlib"):
+        assert {"training.png", "training.svg"} <= {p.name for p in out.iterdir()}
     assert not list(tmp_path.glob("*.training.*"))
     source = resolve(str(out))
     weights = dict(load_model(source).named_parameters())

@@ -43,3 +43,12 @@ def test_curves_and_widths_are_the_historys() -> None:
     axes = _bits(LOOKS).axes[0]
     assert axes.images[0].get_array().tolist() == [[4, 3], [2, 2]]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
+
+
+def test_masks_have_panels_of_their_own_and_a_line_where_they_are_final() -> None:
+    masks = [
+        {"step": i, "loss": 1.0, "binarity": 1 - i / 4, "density": 0.5, "frozen": i > 2} for i in range(4)
+    ]
+    panels = _curves(masks).axes
+    assert [axes.get_ylabel() for axes in panels] == ["loss, nats", "4 m (1 − m) of masks", "share kept"]
+    assert [list(axes.lines[-1].get_xdata()) for axes in panels] == [[3, 3]] * 3

@@ -1,12 +1,12 @@
 """`gammac finetune`."""
 
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from gammac.cli.console import ERR, OUT, show_progress
+from gammac.cli.drawing import draw_history
 from gammac.cli.lora import OWN, demand_own, lora_options, run_lora
 
 if TYPE_CHECKING:
@@ -102,7 +102,8 @@ def finetune_command(**options: Any) -> None:
     from gammac.training import TrainRequest, finetune, make_training
 
     if options["method"] != "dsa-qat":
-        _draw(run_lora(options))
+        lora = run_lora(options)
+        draw_history(lora.history, lora.folder)
         return
     demand_own("dsa-qat", OWN)
     check_writable(options["out"], overwrite=False)
@@ -123,17 +124,8 @@ def finetune_command(**options: Any) -> None:
     with ERR.status("capturing the model"):
         training = make_training(request, options["cache"])
     found = finetune(training, options["out"], show_progress)
-    _draw(found)
+    draw_history(found.history, found.folder)
     _print(found)
-
-
-def _draw(found: "Finetuned") -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        ERR.print("note: no plots without matplotlib: pip install 'gammac\\[plots]'", highlight=False)
-        return
-    from gammac.training_plots import draw_training
-
-    draw_training(found.history, found.folder)
 
 
 def _print(found: "Finetuned") -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from gammac.cli.console import OUT, show_progress
+from gammac.cli.drawing import draw_history
 
 
 @click.command("sparsify")
@@ -52,6 +53,7 @@ def sparsify_command(**options: Any) -> None:
     out = options.pop("out")
     own = {k: v for k in ("score", "hardening") if (v := options.pop(k)) is not None}
     trainer = sparsify(SparsifyRequest(**options, options=own), out, show_progress)
+    draw_history(trainer.rows, out)
     found = trainer.report
     lines = [
         f"{options['model']} → {out}: {len(trainer.sparse)} weights 2:4 in {trainer.steps} steps",
