@@ -178,11 +178,12 @@ def check_target(target: Target, choices: Choices, *, compiler: bool, artifact: 
         kinds = target.kinds(role, compiler=compiler)
         foreign = [f.name for f in parse_formats(wished) if not {f.kind, ANY} & kinds]
         _refuse_two_four(target, foreign)
+        sparse = [name for name in foreign if parse_format(name).density < 1]
         if foreign:
             raise CompileError(
                 f"{target.name} ({target.emitter}) does not run {', '.join(foreign)} as {role} weights"
                 + ("" if compiler else " without a C++ compiler"),
-                hint=("--backend tvm runs other kinds; " if target.emitter == "onnx" else "")
+                hint=("--backend tvm runs other kinds; " if target.emitter == "onnx" and not sparse else "")
                 + f"it runs {' and '.join(sorted(kinds))} codes, such as w4g64: gammac targets show "
                 f"{target.name}; gammac sweep --target {REFERENCE} measures any format without an artifact",
             )

@@ -38,6 +38,7 @@ from gammac.passes.quantizers import make_quantizer
 from gammac.passes.sensitivity import Amq, DeltaLoss, Fisher, Gamma, GreedyKl, Hawq
 from gammac.passes.sensitivity.scores import grid_noise
 from gammac.passes.smooth_quant import SmoothQuant
+from gammac.passes.sparsify import Sparsify
 from gammac.pipeline import Context, Pass, Pipeline
 from gammac.targets.cost import Cost, module_cost
 
@@ -46,7 +47,7 @@ SWEEP_NANOSECONDS: Final = 120.0
 # for quantizers that take longer: the same weights in three trellis formats took 166 s
 SLOW_SWEEPS: Final = {"tcq": 400.0}
 # passes that take long and change nothing that a size or a time depends on
-MEASURING: Final = (SmoothQuant, Awq, CollectGrams, CollectGuidedGrams)
+MEASURING: Final = (SmoothQuant, Awq, Sparsify, CollectGrams, CollectGuidedGrams)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gammac.budget import LOSS, SIZE, Budget, parse_budgets
 from gammac.cache import key_of
+from gammac.diagnostics import CompileError
 from gammac.driver import Plan, Request, context_of, demand_predictions, extra_bytes, make_plan
 from gammac.dryrun import guess_scores
 from gammac.formats import candidates_of
@@ -138,6 +139,11 @@ def _with_strategy(request: Request, strategy: str) -> Request:
 
 def _check(wish: SweepRequest, plan: Plan) -> None:
     demand_predictions(plan, "a sweep")
+    if plan.request.choices.mask:
+        raise CompileError(
+            "a sweep compares formats of one model, and learnt masks make another of it",
+            hint="compile with each --mask and compare by gammac eval, or sweep with --mask sparsegpt",
+        )
     for strategy in wish.strategies:
         _passes(plan, strategy, ())
 

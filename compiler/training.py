@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import torch
 
+from gammac.adapter_file import demand_no_bypass
 from gammac.backends import backend_of
 from gammac.cache import key_of
 from gammac.classification import (
@@ -114,6 +115,7 @@ def make_training(request: TrainRequest, cache: Path | None = None) -> Training:
         _demand_kernels(request.options, target, compiler)
     split = _split(request)
     source = resolve(request.model, request.trust_remote_code)
+    demand_no_bypass(source.folder)
     if split is not None:
         source = make_classifier(source, split.labels, request.schedule.seed, folder)
     store = WeightStore(folder / "weights")

@@ -137,6 +137,12 @@ def quantize_stack(
     if stack[0].attrs["role"] == "table":
         quantizer = for_tables(quantizer, formats)
     if gram is None and quantizer.needs_gram:
+        foreign = [f.name for f in formats if f.kind not in make_quantizer("rtn").kinds]
+        if foreign:
+            raise CompileError(
+                f"no linear reads it, so that nothing says what {foreign[0]} loses", loc=stack[0].name,
+                hint="--table-formats w8g64",
+            )  # fmt: skip
         quantizer = make_quantizer("rtn")  # an embedding that no linear reads has no inputs to weigh
     results = quantizer.quantize(torch.cat(floats), gram, formats)
     found: dict[str, Any] = {w.name: {"candidates": {}, "errors": {}} for w in stack}

@@ -1,6 +1,7 @@
 """What a compile lets its user choose about the passes, and which passes follow from it."""
 
 import hashlib
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,14 +25,14 @@ from gammac.passes.allocate import QUALITY
 from gammac.passes.awq import Awq
 from gammac.passes.finetune import GUMBEL, LEARNABLE, SCALED, SIGN, LearnRounding
 from gammac.passes.incoherence import Incoherence
-from gammac.passes.options import make_pass, options_of, parse_strategy
+from gammac.passes.options import options_of, parse_strategy
 from gammac.passes.quantize import Quantize
 from gammac.passes.quantize_activations import QuantizeActivations, parse_activations
 from gammac.passes.quantizers import QUANTIZERS, Quip, make_quantizer
 from gammac.passes.refine import Refine
 from gammac.passes.sensitivity import STRATEGIES, Gamma
 from gammac.passes.smooth_quant import SmoothQuant
-from gammac.passes.sparsify import Sparsify
+from gammac.passes.sparsify import TRAINED_MASKS, Sparsify
 from gammac.passes.training.adapters import ADAPTERS, read_adapters
 from gammac.passes.training.trained import digest_of_trained, read_trained
 from gammac.pipeline import Pass
@@ -116,17 +117,25 @@ def sparsify_of(choices: Choices) -> tuple[Sparsify, ...]:
     would not keep the zeros."""
     if not choices.mask:
         return ()
-    name, brace, options = choices.mask.partition("{")
+    match = re.fullmatch(r"(\w+)(?:\{([^{}]*)\})?", choices.mask)
+    if not match:
+        raise CompileError(
+            f"{choices.mask!r} is no mask", hint='write sparseforge or "sparseforge{steps=400}"'
+        )
+    name, options = match[1], match[2] or ""
     dense = [f.name for f in parse_formats(choices.block) if f.kind != TWO_FOUR]
     if dense:
         raise CompileError(
             f"{name} makes every block linear 2:4: {dense[0]} would not store its zeros",
             hint="--sparsity 2:4",
         )
-    found = make_pass(Sparsify.name, f"method={name}" + (f",{options.removesuffix('}')}" if brace else ""),
-                      {Sparsify.name: Sparsify})  # fmt: skip
-    assert isinstance(found, Sparsify)
-    return (found,)
+    if name not in TRAINED_MASKS:
+        raise CompileError(f"nothing learns masks by {name!r}", hint=f"there are {', '.join(TRAINED_MASKS)}")
+    given = options_of(name, Sparsify, options.split(","))
+    unread = given.keys() & {"method", *Sparsify.unread_by(name)}
+    if unread:
+        raise CompileError(f"{name} has no option {', '.join(sorted(unread))}", hint="leave it out")
+    return (Sparsify(method=name, **given),)
 
 
 def strategy_of(choices: Choices) -> Pass:
@@ -169,6 +178,11 @@ def check_choices(choices: Choices) -> None:
         raise CompileError(
             f"rotated weights lose their zeros and prune worse: not with {', '.join(sparse)}",
             hint="leave out --rotate and --incoherence, or sparse formats",
+        )
+    tables = [f.name for f in parse_formats(choices.table) if f.density < 1]
+    if tables:
+        raise CompileError(
+            f"embedding and head stay dense: not {', '.join(tables)}", hint="--table-formats w8g64"
         )
     _check_kinds(choices)
 

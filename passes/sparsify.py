@@ -10,11 +10,11 @@ error in place of the whole model's loss: one block with its gradients and momen
 reads what dense blocks put out (teacher forcing) or, with `forced` off, what the sparse blocks before it do,
 so that it makes up for their errors. Norms and biases of a block learn along. The attribute's figures are
 the blocks' mean relative errors on windows set apart, with magnitude's masks and nothing learnt, and behind
-training.
+training; a block that has not become better than that keeps magnitude's masks.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -26,9 +26,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gammac.cache import key_of
 from gammac.calibration import BATCH_WINDOWS, Segment
 from gammac.diagnostics import CompileError, Diagnostic
-from gammac.formats import TWO_FOUR, keep_two, load_float, parse_format
+from gammac.formats import TWO_FOUR, is_two_four, keep_two, load_float, parse_format
 from gammac.formats.two_four import FOUR
-from gammac.ir import Module, WeightRef, to_text
+from gammac.ir import Module, Weight, WeightRef, to_text
+from gammac.passes.finetune.student import READ_BY
 from gammac.passes.finetune.two_models import TwoModels, in_place_of, loaded_once, windows_to_learn_from
 from gammac.passes.masks.methods import METHODS, Dense, SparseForge
 from gammac.passes.masks.trainer import Trainer
@@ -36,7 +37,6 @@ from gammac.passes.sensitivity.scores import check_range, rounded
 from gammac.pipeline import Context, Invariant, full_options_text
 
 TRAINED_MASKS = tuple(name for name, method in METHODS.items() if method.sparse)
-VECTORS_OF = ("rms_norm", "layer_norm", "linear")  # ops whose gains and biases learn along
 
 
 def sparse_weights_stay_sparse(module: Module) -> Iterator[Diagnostic]:
@@ -78,6 +78,14 @@ class Sparsify:
         made: Dense = kind(score=self.score) if kind is SparseForge else kind()
         return made
 
+    @staticmethod
+    def unread_by(method: str) -> frozenset[str]:
+        """The options that a method has no use for."""
+        kind = METHODS[method]
+        return frozenset(
+            (["score"] if kind is not SparseForge else []) + (["rate"] if not kind.trains_weights else [])
+        )
+
     def run(self, module: Module, ctx: Context) -> Module:
         """Each finished block is remembered. Raises CompileError without two batches of calibration text."""
         tokens = windows_to_learn_from(self.name, ctx)
@@ -91,8 +99,10 @@ class Sparsify:
             blocks.models.advance_student(index, blocks.current)
             if "learnt" in found:
                 errors.append((found["magnitude"], found["learnt"]))
-        if not errors:
+        if not any("sparse" in w.attrs for w in blocks.module.weights.values()):
             raise CompileError("the model has no linears in numbered blocks that could be sparse")
+        if not errors:
+            return blocks.module
         magnitude, learnt = (rounded(math.fsum(e) / len(errors)) for e in zip(*errors, strict=True))
         return blocks.module.with_attrs(sparsifying={"magnitude": magnitude, "learnt": learnt})
 
@@ -103,6 +113,7 @@ class _Blocks:
     def __init__(self, options: Sparsify, module: Module, ctx: Context, tokens: Tensor) -> None:
         self.options, self.original, self.module, self.ctx = options, module, module, ctx
         self.models = TwoModels(module.functions["forward"], tokens, forced=options.forced)
+        self.adopted: set[str] = set()
 
     def dense(self, name: str) -> Tensor:
         """A weight as it was."""
@@ -114,37 +125,44 @@ class _Blocks:
 
     def adopt(self, found: Mapping[str, Any]) -> None:
         """Take on what a block has learnt."""
-        for name, digest in found["digests"].items():
+        for name in (*found["digests"], *found["sparse"]):
             old = self.module.weights[name]
             attrs = {**old.attrs, "sparse": "2:4"} if name in found["sparse"] else old.attrs
-            self.module = self.module.with_weights(type(old)(name, old.type, digest, attrs))
+            digest = found["digests"].get(name, old.digest)
+            self.module = self.module.with_weights(Weight(name, old.type, digest, attrs))
+        self.adopted |= {*found["digests"], *found["sparse"]}
 
     def learn(self, index: int) -> dict[str, Any]:
-        """Digests of what was learnt by weight name, which of them are sparse, and the errors."""
-        segment, options = self.models.segments[index], self.options
-        sparse = _sparse(segment, self.module)
-        if not sparse:
-            return {"digests": {}, "sparse": []}
-        vectors = _vectors(segment, self.module) if options.made().trains_weights else ()
-        problem = _Block(self, index, sparse, vectors)
-        pruned = {n: w * keep_two(w.abs()) for n in sparse for w in (problem.parameters[n],)}
+        """Digests of what was learnt by weight name, which weights are sparse now, and the errors.
+
+        A weight that is 2:4 already keeps its zeros and its values; one that an earlier block shares is done.
+        """
+        options, segment = self.options, self.models.segments[index]
+        sparse = [n for n in _sparse(segment, self.module) if n not in self.adopted]
+        wanted = tuple(n for n in sparse if not bool(is_two_four(self.current(n)).all()))
+        if not wanted:
+            return {"digests": {}, "sparse": sparse}
+        trains = options.made().trains_weights
+        vectors = [n for n in _vectors(segment, self.module) if trains and n not in self.adopted]
+        problem = _Block(self, index, wanted, vectors)
+        pruned = {n: problem.parameters[n] * keep_two(problem.parameters[n].abs()) for n in wanted}
         magnitude = problem.judged(pruned)
         problem.unit = max(magnitude * problem.size, 1e-30)
         trainer = Trainer(problem, options.made(), options.steps, options.rate, self.ctx.seed * 7919 + index)
         trainer.run()
-        learnt = problem.judged(problem.parameters)
-        digests = {n: self.ctx.store.put({"data": p.contiguous()}) for n, p in problem.parameters.items()}
-        return {"digests": digests, "sparse": list(sparse), "magnitude": magnitude, "learnt": learnt}
+        learnt, kept = problem.judged(problem.parameters), problem.parameters
+        if learnt >= magnitude:
+            learnt, kept = magnitude, pruned
+        digests = {n: self.ctx.store.put({"data": p.contiguous()}) for n, p in kept.items()}
+        return {"digests": digests, "sparse": sparse, "magnitude": magnitude, "learnt": learnt}
 
 
 class _Block:
     """A block as something to train; see Problem. Losses are in units of what magnitude's masks lose."""
 
-    def __init__(
-        self, blocks: _Blocks, index: int, sparse: tuple[str, ...], vectors: tuple[str, ...]
-    ) -> None:
+    def __init__(self, blocks: _Blocks, index: int, sparse: tuple[str, ...], vectors: Sequence[str]) -> None:
         self.blocks, self.models, self.index, self.sparse = blocks, blocks.models, index, sparse
-        self.fixed = loaded_once(blocks.dense)
+        self.fixed = loaded_once(blocks.current)
         self.parameters = {n: self.fixed(n).float().clone() for n in (*sparse, *vectors)}
         self.count = max(1, blocks.options.batch // BATCH_WINDOWS)
         self.unit = 1.0
@@ -184,5 +202,5 @@ def _is_block(module: Module, name: str) -> bool:
 
 def _vectors(segment: Segment, module: Module) -> tuple[str, ...]:
     """Gains of norms and biases that a block reads."""
-    read = (o for op in segment.ops if op.name in VECTORS_OF for o in op.operands if isinstance(o, WeightRef))
+    read = (o for op in segment.ops if op.name in READ_BY for o in op.operands if isinstance(o, WeightRef))
     return tuple(dict.fromkeys(ref.name for ref in read if module.weights[ref.name].type.rank == 1))

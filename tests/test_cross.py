@@ -51,6 +51,8 @@ from gammac.targets.tvm.kernels import (  # noqa: E402
     quantize_activations,
     rms_norm_quantize,
 )
+from gammac.targets.tvm.kernels.layout import PANEL  # noqa: E402
+from gammac.targets.tvm.kernels.packed import layout_of  # noqa: E402
 from gammac.targets.tvm.runner import find_wheel  # noqa: E402
 from gammac.targets.tvm.toolchain import (  # noqa: E402
     MACHINES,
@@ -71,6 +73,7 @@ CORES = {
 ROWS, COLUMNS = 520, 256
 CASES = (("w3g32", 1, True), ("w8g64-sym", 1, True), ("w4channel", 5, True), ("w2g64", 1, False))
 LEVELS = ("nf3g32", 1, True)
+TRELLIS = (("tcq2", 1, True), ("tcq4", 5, True), ("tcq3", 1, False))  # in whole panels
 DTYPES = {"f": 2, "i": 0, "u": 1}  # DLPack's codes by numpy's kinds
 
 
@@ -86,7 +89,7 @@ class Emulated:
 
     def __init__(self, target: Target, folder: Path) -> None:
         self.isa, self.folder, self.core = isa_of(target), folder, CORES[target.name]
-        cases = (*CASES, LEVELS) if looks_up(self.isa) else CASES
+        cases = (*CASES, *((LEVELS,) * looks_up(self.isa)), *(TRELLIS * runs_trellis(target)))
         self.products = {name: product(name, tokens, integer, self.isa) for name, tokens, integer in cases}
         kernels = [*self.products.values(), *mlp(self.isa)]
         functions = {k.name: k.func.with_attr("global_symbol", k.name) for k in kernels}
@@ -125,9 +128,17 @@ def looks_up(isa: Isa) -> bool:
     return isa.leaf != "words"
 
 
+def runs_trellis(target: Target) -> bool:
+    return target.kernel_for(parse_format("tcq2"), "block", COLUMNS) is not None
+
+
+def rows_of(name: str) -> int:
+    return ROWS - ROWS % PANEL if parse_format(name).kind == "trellis" else ROWS
+
+
 def product(name: str, tokens: int, integer: bool, isa: Isa) -> Kernel:
     make = decode_linear if tokens == 1 else prefill_linear
-    return make(parse_format(name), ROWS, COLUMNS, isa, integer=integer)
+    return make(parse_format(name), rows_of(name), COLUMNS, isa, integer=integer)
 
 
 # ---- what a block's MLP is made of: a norm, gate and up in one, a product that adds the residual ----
@@ -164,17 +175,19 @@ def emulated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return Emulated(target, tmp_path_factory.mktemp(target.name))
 
 
-@pytest.mark.parametrize(("name", "tokens", "integer"), (*CASES, LEVELS))
+@pytest.mark.parametrize(("name", "tokens", "integer"), (*CASES, LEVELS, *TRELLIS))
 def test_kernels_equal_dequantize_on_every_machine(
     emulated: Emulated, name: str, tokens: int, integer: bool
 ) -> None:
+    if name not in emulated.products and (name, tokens, integer) in TRELLIS:
+        pytest.skip("its target has no rows for trellis codes")
     if name not in emulated.products:
         assert name == LEVELS[0]
         with pytest.raises(CompileError, match="looks no bytes up"):
             product(*LEVELS, emulated.isa)
         return
-    weight = random_weight(parse_format(name), ROWS, COLUMNS)
-    layout, x = Layout(weight.format, ROWS, COLUMNS), inputs(tokens, COLUMNS)
+    weight = random_weight(parse_format(name), rows_of(name), COLUMNS)
+    layout, x = layout_of(weight.format, rows_of(name), COLUMNS), inputs(tokens, COLUMNS)
     given, meant = quantized_inputs(x, layout) if integer else ({"x": x}, x)
     y = emulated.call(emulated.products[name], {**given, **pack(weight, emulated.isa)}, tokens)["y"]
     # as on this machine: a rounding for each product and sum of a chain, or of the scales alone

@@ -19,7 +19,7 @@ from gammac.formats import KeptFormat, NOfEightFormat, UnstructuredFormat, load_
 from gammac.ir import Weight
 from gammac.passes.allocate import Allocate
 from gammac.passes.candidates import Candidates
-from gammac.passes.choices import with_sparsity
+from gammac.passes.choices import Choices, check_choices, with_sparsity
 from gammac.passes.collect_grams import CollectGrams
 from gammac.passes.quantizers import make_quantizer, output_error
 from gammac.passes.sensitivity import Owl
@@ -136,6 +136,20 @@ def test_owl_gives_more_to_a_block_where_more_stands_out() -> None:
 def test_owl_refuses_formats_of_one_density(gammac: Run) -> None:
     result = gammac("compile", "tiny", "--strategy", "owl", *QUICK, "-o", "out")
     fails(result, "owl says how sparse a block is", "--sparsity n:8")
+
+
+def test_owl_refuses_two_widths_of_one_density() -> None:
+    _, ctx = scored("owl")
+    steps = (CollectGrams(), Candidates("s28w4g32+s28w2g32+s68w4g32", "w8g64"), Owl())
+    with pytest.raises(CompileError, match="owl tells densities apart, and s28w4g32 and s28w2g32"):
+        Pipeline(steps).run(llama(ctx.store), ctx)
+
+
+def test_tables_stay_dense(gammac: Run) -> None:
+    result = gammac("compile", "tiny", "--table-formats", "u50w4g64", *QUICK, "-o", "out")
+    fails(result, "u50w4g64")
+    with pytest.raises(CompileError, match="embedding and head stay dense"):
+        check_choices(Choices(table="s24w4g64"))
 
 
 def test_sparsity_offers_several_densities(gammac: Run, tmp_path: Path) -> None:

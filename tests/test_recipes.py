@@ -38,11 +38,11 @@ def test_a_recipe_sets_what_was_left_open() -> None:
 
 
 def test_the_best_is_trellis_codes_where_a_kernel_reads_them() -> None:
-    for target in ("cpu-x86-avx512", "cpu-x86-avx2", "cuda"):
+    for target in ("cpu-x86-avx512", "cpu-x86-avx2", "cuda", "edge"):
         found = chosen("--recipe", "best", "--target", target, "--backend", "tvm")
         assert {name: found[name] for name in BEST_TRELLIS} == BEST_TRELLIS and not found["learn_rounding"]
-    # ARM's targets list no such kernel, and who chooses formats gets a quantizer of those
-    for more in (("--target", "edge"), ("--target", "cuda", "--formats", "w3g64")):
+    # RISC-V's target lists no such kernel, and who chooses formats gets a quantizer of those
+    for more in (("--target", "edge-riscv64-k1"), ("--target", "cuda", "--formats", "w3g64")):
         found = chosen("--recipe", "best", *more)
         assert load_target(found["target"]).emitter == "tvm"
         assert found["quantizer"] == "gptq" and found["learn_rounding"] and not found["rotate"]

@@ -249,8 +249,13 @@ def test_a_bypass_learns_is_counted_and_runs(tmp_path: Path, monkeypatch: pytest
     weights = sum(w.type.numel() for w in module.weights.values() if w.attrs.get("role") == "block")
     assert manifest["true_bits"] == pytest.approx(3 + 32 * beside / weights, rel=0.01)
     # what is left out of it would be another model
-    result = run(main, ["eval", str(tmp_path / "art"), "--reference", str(out), "--text", "nothing.txt"])
-    assert result.exit_code == 1 and "Traceback" not in result.output
+    text = tmp_path / "text"
+    text.write_text("of every four inputs two are kept, and the others are zero. " * 300)
+    wanted = ["eval", str(tmp_path / "art"), "--reference", str(out), "--text", str(text), "--windows", "1"]
+    refused = run(main, wanted)
+    assert refused.exit_code == 1 and "has a bypass" in refused.stderr
+    refused = run(main, ["finetune", str(out), "--tokens", "64", "-o", str(tmp_path / "tuned")])
+    assert refused.exit_code == 1 and "has a bypass" in refused.stderr
     with pytest.raises(CompileError, match="has a bypass"):
         reference.load_model(out)
     with pytest.raises(CompileError, match="has a bypass"):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from learning_models import context, kill_at
 from llama_module import llama
 from test_cli import QUICK, Run, fails
@@ -12,7 +13,7 @@ from test_cli import cache as cache  # fixtures
 from test_cli import gammac as gammac
 
 from gammac.diagnostics import CompileError
-from gammac.formats import is_two_four, load_float
+from gammac.formats import is_two_four, keep_two, load_float
 from gammac.ir import Module, to_text, verify
 from gammac.passes import Choices, default_pipeline
 from gammac.passes.allocate import Allocate
@@ -52,10 +53,30 @@ def test_what_is_learnt_loses_less_than_magnitudes_masks(forced: bool) -> None:
     assert 0 < report["learnt"] < 0.95 * report["magnitude"]
 
 
+def test_a_block_that_does_not_become_better_keeps_magnitudes_masks() -> None:
+    store = WeightStore()
+    module = llama(store)
+    found = Sparsify(method="ast", steps=1, rate=1.0).run(module, context(store))
+    assert found.attrs["sparsifying"]["learnt"] == found.attrs["sparsifying"]["magnitude"]  # type: ignore[index,call-overload]
+    for name in sparse(found):
+        weight = load_float(module.weights[name], store)
+        assert torch.equal(load_float(found.weights[name], store), weight * keep_two(weight.abs()))
+
+
+@pytest.mark.parametrize("method", TRAINED_MASKS)
+def test_what_is_sparse_already_stays_as_it_is(method: str) -> None:
+    store = WeightStore()
+    module = llama(store)
+    once = SHORT.run(module, context(store))
+    twice = dataclasses.replace(SHORT, method=method).run(once, context(store))
+    assert {n: w.digest for n, w in twice.weights.items()} == {n: w.digest for n, w in once.weights.items()}
+    assert sparse(twice) == sparse(once)
+
+
 def test_norms_learn_along_and_nothing_outside_the_blocks_moves() -> None:
     store = WeightStore()
     module = llama(store)
-    found = Sparsify(steps=8).run(module, context(store))
+    found = SHORT.run(module, context(store))
     moved = {n for n, w in found.weights.items() if w.digest != module.weights[n].digest}
     assert moved - set(sparse(found)), "gains of norms"
     tables = {n for n, w in module.weights.items() if w.attrs.get("role") == "table"}
@@ -118,6 +139,13 @@ def test_options_and_text_are_checked_before_any_work() -> None:
 
 
 def test_the_pass_follows_from_the_choice() -> None:
+    for wrong, said in (
+        ("ast{score=fisher}", "ast has no option score"), ("maskllm{rate=0.1}", "maskllm has no option rate"),
+        ("ast{method=cast}", "ast has no option method"), ("ast{steps=4", "is no mask"),
+        ("lottery", "nothing learns masks by 'lottery'"), ("ast{wishes=1}", "no option 'wishes=1'"),
+    ):  # fmt: skip
+        with pytest.raises(CompileError, match=said):
+            sparsify_of(Choices(block="s24w4g64", mask=wrong))
     choices = Choices(block="s24w4g64", mask="ast{steps=5,rate=0.01}")
     assert sparsify_of(choices) == (Sparsify(method="ast", steps=5, rate=0.01),)
     names = [p.name for p in default_pipeline(choices, "tvm", compiler=True)]
@@ -126,12 +154,17 @@ def test_the_pass_follows_from_the_choice() -> None:
         sparsify_of(Choices(block="w4g64+s24w4g64", mask="sparseforge"))
 
 
-def test_a_compile_learns_masks(gammac: Run, tmp_path: Path) -> None:
+def test_a_compile_learns_masks(gammac: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = ("tiny", "--sparsity", "2:4", "--formats", "w4g64", "--table-formats", "w8g64", "--strategy",
              "uniform", "--backend", "tvm", *QUICK)  # fmt: skip
     mask = ("--mask", "sparseforge{steps=4}")
-    told = gammac("compile", *asked, *mask, "--dry-run", "-o", str(tmp_path / "out"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Sparsify, "run", lambda *_: pytest.fail("a dry run trains nothing"))
+        told = gammac("compile", *asked, *mask, "--dry-run", "-o", str(tmp_path / "out"))
     assert told.exit_code == 0, told.output
+    once = [part for part in asked if part not in ("--strategy", "uniform")]
+    swept = gammac("sweep", *once, *mask, "--budgets", "3", "-o", str(tmp_path / "sweep"))
+    fails(swept, "learnt masks make another of it")
     result = gammac("compile", *asked, *mask, "--dump-ir", str(tmp_path / "ir"), "-o", str(tmp_path / "out"))
     assert result.exit_code == 0, result.output
     (dump,) = (tmp_path / "ir").glob("*-sparsify.gir")
@@ -145,5 +178,5 @@ def test_seeds_and_equal_bits() -> None:
     texts = []
     for seed in (0, 0, 1):
         store = WeightStore()
-        texts.append(to_text(Sparsify(steps=6).run(llama(store), context(store, seed=seed))))
+        texts.append(to_text(SHORT.run(llama(store), context(store, seed=seed))))
     assert texts[0] == texts[1] != texts[2]

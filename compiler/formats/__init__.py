@@ -38,9 +38,10 @@ from gammac.formats.calibrated import (
     in_plain_scales,
     with_plain_scales,
 )
+from gammac.formats.densities import N_OF_EIGHT, UNSTRUCTURED, NOfEightFormat, UnstructuredFormat
 from gammac.formats.dual_binary import DUAL_BINARY, DualBinaryFormat
 from gammac.formats.integer import INTEGER, IntegerFormat
-from gammac.formats.kept import N_OF_EIGHT, UNSTRUCTURED, KeptFormat, NOfEightFormat, UnstructuredFormat
+from gammac.formats.kept import KeptFormat
 from gammac.formats.names import parse_format, parse_formats
 from gammac.formats.normal_float import DOUBLE_NORMAL_FLOAT, NORMAL_FLOAT, DoubleNormalFloat, NormalFloat
 from gammac.formats.partly_binary import PARTLY_BINARY, PartlyBinaryFormat

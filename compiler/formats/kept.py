@@ -1,25 +1,16 @@
-"""Sparsity beside 2:4: so many of each eight inputs are kept, or a share of each row, wherever it stands.
+"""What sparse formats share: values of what is kept, where it stands, zero elsewhere."""
 
-Layer-wise rates (OWL, BESA) are made of these: the same width at several densities, among which an allocation
-chooses. No emitter multiplies by them; the interpreter measures what such masks are worth.
-"""
-
-from dataclasses import dataclass, field
-from itertools import combinations
-from math import comb
-from typing import ClassVar, Final
+from dataclasses import dataclass, replace
+from typing import ClassVar, Final, Self
 
 import torch
 from torch import Tensor
 
 from gammac.diagnostics import CompileError
-from gammac.formats.base import SCALE_BITS, Format, Parts, Quantized, group_name, spread
+from gammac.formats.base import CHANNEL, SCALE_BITS, Format, Parts, Quantized, group_name, spread
 from gammac.formats.integer import IntegerFormat
-from gammac.formats.two_four import FLOAT_WIDTH
 
-N_OF_EIGHT: Final = "n_of_eight"
-UNSTRUCTURED: Final = "unstructured"
-EIGHT: Final = 8
+FLOAT_WIDTH: Final = 16
 
 
 @dataclass(frozen=True)
@@ -28,6 +19,7 @@ class KeptFormat(Format):
     original inputs (0: the whole row), or, at 16 bits, f16 numbers without a scale; and their places."""
 
     together: ClassVar[int] = 1  # how many columns no order may tear apart
+    places_part: ClassVar[str] = "places"
     width: int
     group: int
 
@@ -78,7 +70,7 @@ class KeptFormat(Format):
 
     def dequantize(self, parts: Parts) -> Tensor:
         """Kept values at their places, zero elsewhere, f32 [rows, columns]."""
-        mask, codes = self.mask(parts["places"]), parts["codes"]
+        mask, codes = self.mask(parts[self.places_part]), parts["codes"]
         values = codes.float()
         if not self.is_float:
             scales = spread(parts["scales"].float(), self.inputs_per_scale(mask.shape[1]), mask.shape[1])
@@ -87,8 +79,8 @@ class KeptFormat(Format):
 
     def check(self, parts: Parts) -> None:
         """Raises CompileError for places that keep another number than there are codes."""
-        kept = parts["codes"].shape[1]
-        if bool((self.mask(parts["places"]).sum(1) != kept).any()):
+        kept, mask = parts["codes"].shape[1], self.mask(parts[self.places_part])
+        if kept != self.kept_of(mask.shape[1]) or bool((mask.sum(1) != kept).any()):
             raise CompileError(
                 f"these are no {self.name} codes: their places are not those of {kept} a row",
                 hint="the cache or the artifact is damaged; compile again",
@@ -97,121 +89,17 @@ class KeptFormat(Format):
     def quantized(self, codes: Tensor, mask: Tensor, scales: Tensor | None = None) -> Quantized:
         """A weight from codes [rows, columns] and the mask [rows, columns] of those that are kept."""
         kept = codes[mask].reshape(len(mask), self.kept_of(mask.shape[1]))
-        parts = {"codes": kept.half() if self.is_float else kept.to(torch.uint8), "places": self.places(mask)}
+        codes = kept.half() if self.is_float else kept.to(torch.uint8)
+        parts = {"codes": codes, self.places_part: self.places(mask)}
         return Quantized(self, parts if scales is None else {**parts, "scales": scales.half()})
 
-    def fit(self, in_features: int) -> "KeptFormat":
+    def fit(self, in_features: int) -> Self:
         """See Format; f16 numbers have no group."""
         return self if self.is_float else super().fit(in_features)
 
-
-@dataclass(frozen=True)
-class NOfEightFormat(KeptFormat):
-    """`kept` of each eight inputs; their places are the number of one of (8 over kept) patterns.
-
-    Parts: codes u8 [rows, columns · kept / 8] (f16 numbers at 16 bits); places u8 [rows, columns / 8];
-    scales f16 [rows, groups], except at 16 bits.
-    """
-
-    kind: ClassVar[str] = N_OF_EIGHT
-    together: ClassVar[int] = EIGHT
-    kept: int
-    bits: float = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        """The headline follows."""
-        object.__setattr__(self, "bits", (self.kept * self.width + self.place_bits(EIGHT)) / EIGHT)
-
-    @property
-    def name(self) -> str:
-        """For example s48w4g64, s38f16."""
-        return f"s{self.kept}8{self.values_name}"
-
-    @property
-    def density(self) -> float:
-        """See Format."""
-        return self.kept / EIGHT
-
-    def holds(self, in_features: int) -> bool:
-        """Rows are whole eights."""
-        return in_features % EIGHT == 0
-
-    def kept_of(self, columns: int) -> int:
-        """See KeptFormat."""
-        return columns // EIGHT * self.kept
-
-    def place_bits(self, columns: int) -> int:
-        """See KeptFormat."""
-        return columns // EIGHT * (comb(EIGHT, self.kept) - 1).bit_length()
-
-    def best(self, scores: Tensor) -> Tensor:
-        """See KeptFormat."""
-        eights = scores.reshape(len(scores), -1, EIGHT)
-        order = torch.argsort(eights, dim=2, descending=True, stable=True)[..., : self.kept]
-        return torch.zeros(eights.shape, dtype=torch.bool).scatter_(2, order, True).reshape(scores.shape)
-
-    def places(self, mask: Tensor) -> Tensor:
-        """See KeptFormat."""
-        numbers = torch.zeros(1 << EIGHT, dtype=torch.uint8)
-        numbers[self._patterns()] = torch.arange(comb(EIGHT, self.kept), dtype=torch.uint8)
-        return numbers[(mask.reshape(len(mask), -1, EIGHT) * (1 << torch.arange(EIGHT))).sum(2)]
-
-    def mask(self, places: Tensor) -> Tensor:
-        """See KeptFormat."""
-        patterns = self._patterns()[places.long().clamp(max=comb(EIGHT, self.kept) - 1)]
-        return ((patterns[..., None] >> torch.arange(EIGHT)) & 1).bool().reshape(len(places), -1)
-
-    def _patterns(self) -> Tensor:
-        """As bits of a byte, in order of their numbers."""
-        return torch.tensor([sum(1 << i for i in places) for places in combinations(range(EIGHT), self.kept)])
-
-
-@dataclass(frozen=True)
-class UnstructuredFormat(KeptFormat):
-    """All but `pruned` of a hundred inputs of a row, rounded in favour of what is kept; a bit says of each
-    whether it is. Rows are pruned alike, as Wanda does (arXiv 2306.11695, section 3).
-
-    Parts: codes u8 [rows, kept] (f16 numbers at 16 bits); places u8 [rows, columns], 0 or 1; scales f16
-    [rows, groups], except at 16 bits.
-    """
-
-    kind: ClassVar[str] = UNSTRUCTURED
-    pruned: int
-    bits: float = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        """The headline follows."""
-        object.__setattr__(self, "bits", round(self.density * self.width, 6) + 1)
-
-    @property
-    def name(self) -> str:
-        """For example u50w4g64, u70f16."""
-        return f"u{self.pruned}{self.values_name}"
-
-    @property
-    def density(self) -> float:
-        """See Format."""
-        return 1 - self.pruned / 100
-
-    def kept_of(self, columns: int) -> int:
-        """See KeptFormat."""
-        return columns - columns * self.pruned // 100
-
-    def place_bits(self, columns: int) -> int:
-        """See KeptFormat."""
-        return columns
-
-    def best(self, scores: Tensor) -> Tensor:
-        """See KeptFormat."""
-        return largest(scores, torch.full((len(scores),), self.kept_of(scores.shape[1])))
-
-    def places(self, mask: Tensor) -> Tensor:
-        """See KeptFormat."""
-        return mask.to(torch.uint8)
-
-    def mask(self, places: Tensor) -> Tensor:
-        """See KeptFormat."""
-        return places.bool()
+    def with_group(self, group: int) -> Self:
+        """See Format; f16 numbers have no group."""
+        return replace(self, group=CHANNEL if self.is_float else group)
 
 
 def largest(scores: Tensor, counts: Tensor) -> Tensor:

@@ -8,13 +8,14 @@ from gammac.diagnostics import CompileError
 from gammac.formats.base import CHANNEL, Format
 from gammac.formats.binary_residual import BinaryResidualFormat
 from gammac.formats.calibrated import CalibratedNormalFloat, OffsetNormalFloat
+from gammac.formats.densities import NOfEightFormat, UnstructuredFormat
 from gammac.formats.dual_binary import DualBinaryFormat
 from gammac.formats.integer import IntegerFormat
-from gammac.formats.kept import NOfEightFormat, UnstructuredFormat
+from gammac.formats.kept import FLOAT_WIDTH
 from gammac.formats.normal_float import DoubleNormalFloat, NormalFloat
 from gammac.formats.partly_binary import PartlyBinaryFormat
 from gammac.formats.trellis import STATE_BITS, TrellisFormat
-from gammac.formats.two_four import FLOAT_WIDTH, TwoFourFormat
+from gammac.formats.two_four import TwoFourFormat
 
 # pattern → format; what `(?P<group>…)` matched is read as a group size
 GROUP: Final = r"(?:g(?P<group>\d+)|channel)"

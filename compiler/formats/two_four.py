@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from gammac.diagnostics import CompileError
-from gammac.formats.base import CHANNEL, SCALE_BITS, Format, Parts, Quantized, group_name, spread
-from gammac.formats.integer import IntegerFormat
+from gammac.formats.base import Parts
+from gammac.formats.kept import KeptFormat
 
 TWO_FOUR: Final = "two_four"
 FOUR: Final = 4
 KEPT: Final = 2
-FLOAT_WIDTH: Final = 16
 # the positions of the kept weights of each pattern, ascending
 PATTERNS: Final = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
 PATTERN_BITS: Final = 3
@@ -26,7 +25,7 @@ POSITION_BITS: Final = 2
 
 
 @dataclass(frozen=True)
-class TwoFourFormat(Format):
+class TwoFourFormat(KeptFormat):
     """Kept values of `width` bits on a symmetric grid with an f16 scale for each `group` original inputs of a
     row (0: the whole row), or, at 16 bits, f16 numbers without a scale.
 
@@ -38,8 +37,8 @@ class TwoFourFormat(Format):
     """
 
     kind: ClassVar[str] = TWO_FOUR
-    width: int
-    group: int
+    together: ClassVar[int] = FOUR
+    places_part: ClassVar[str] = "patterns"
     hardware: bool = False
     bits: float = field(init=False, repr=False, compare=False)
 
@@ -53,58 +52,38 @@ class TwoFourFormat(Format):
         return KEPT * POSITION_BITS if self.hardware else PATTERN_BITS
 
     @property
-    def is_float(self) -> bool:
-        """Whether kept values are f16 numbers."""
-        return self.width == FLOAT_WIDTH
-
-    @property
     def density(self) -> float:
         """See Format."""
         return KEPT / FOUR
 
     @property
-    def together(self) -> int:
-        """How many columns no order may tear apart."""
-        return FOUR
-
-    @property
-    def grid(self) -> IntegerFormat:
-        """The format of kept values: symmetric, so that zero is one of its numbers."""
-        assert not self.is_float, f"{self.name} has no grid"
-        return IntegerFormat(self.width, self.group, True)
-
-    @property
     def name(self) -> str:
         """For example s24w4g64, s24w4g64-hw, s24f16."""
-        values = "f16" if self.is_float else f"w{self.width}{group_name(self.group)}"
-        return f"s24{values}{'-hw' if self.hardware else ''}"
+        return f"s24{self.values_name}{'-hw' if self.hardware else ''}"
 
     def holds(self, in_features: int) -> bool:
         """Rows are whole groups of four."""
         return in_features % FOUR == 0
 
-    def fit(self, in_features: int) -> "TwoFourFormat":
-        """See Format; f16 numbers have no group."""
-        return self if self.is_float else super().fit(in_features)
+    def kept_of(self, columns: int) -> int:
+        """See KeptFormat."""
+        return columns // FOUR * KEPT
 
-    def with_group(self, group: int) -> "TwoFourFormat":
-        """See Format; f16 numbers have no group."""
-        return TwoFourFormat(self.width, CHANNEL if self.is_float else group, self.hardware)
+    def place_bits(self, columns: int) -> int:
+        """See KeptFormat."""
+        return columns // FOUR * self.index_bits
 
-    def storage_bits(self, rows: int, columns: int) -> int:
-        """Kept values, positions, f16 scales."""
-        scales = 0 if self.is_float else SCALE_BITS * rows * self.groups(columns)
-        return rows * columns // FOUR * (KEPT * self.width + self.index_bits) + scales
+    def best(self, scores: Tensor) -> Tensor:
+        """See KeptFormat."""
+        return keep_two(scores)
 
-    def dequantize(self, parts: Parts) -> Tensor:
-        """Kept values at their places, zero elsewhere, f32 [rows, columns]."""
-        mask = mask_of(parts["patterns"])
-        if self.is_float:
-            values = parts["codes"].float()
-        else:
-            scales = spread(parts["scales"].float(), self.inputs_per_scale(mask.shape[1]), mask.shape[1])
-            values = (parts["codes"].float() - self.grid.midpoint) * scales[mask].reshape_as(parts["codes"])
-        return torch.zeros(mask.shape).masked_scatter_(mask, values)
+    def places(self, mask: Tensor) -> Tensor:
+        """See KeptFormat."""
+        return patterns_of(mask)
+
+    def mask(self, places: Tensor) -> Tensor:
+        """See KeptFormat."""
+        return mask_of(places)
 
     def check(self, parts: Parts) -> None:
         """Raises CompileError for parts that are no 2:4 weight: an unknown pattern, or other sizes."""
@@ -114,16 +93,6 @@ class TwoFourFormat(Format):
                 f"these are no {self.name} codes: of each four inputs two are kept, in one of six patterns",
                 hint="the cache or the artifact is damaged; compile again",
             )
-
-    def quantized(self, codes: Tensor, mask: Tensor, scales: Tensor | None = None) -> Quantized:
-        """A weight from codes [rows, columns] and the mask [rows, columns] of those that are kept."""
-        rows, columns = mask.shape
-        kept = codes[mask].reshape(rows, columns // FOUR * KEPT)
-        parts = {
-            "codes": kept.half() if self.is_float else kept.to(torch.uint8),
-            "patterns": patterns_of(mask),
-        }
-        return Quantized(self, parts if scales is None else {**parts, "scales": scales.half()})
 
 
 def by_four(values: Tensor) -> Tensor:

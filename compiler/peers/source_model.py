@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from gammac.adapter_file import demand_no_bypass
 from gammac.frontend.checkpoint import open_checkpoint
 from gammac.frontend.export import build_skeleton
 from gammac.frontend.source import Source, quiet
@@ -15,6 +16,7 @@ from gammac.weights import WeightStore
 
 def parameters_of(source: Source) -> Iterator[tuple[str, Tensor]]:
     """Each parameter's name and values, float32, one at a time; a tied one once. Raises CompileError."""
+    demand_no_bypass(source.folder)
     with quiet(), tempfile.TemporaryDirectory() as scratch:
         model = build_skeleton(source)
         tensors = open_checkpoint(source, model)

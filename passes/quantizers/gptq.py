@@ -68,20 +68,18 @@ class Gptq:
     def quantize(self, weight: Tensor, gram: Tensor | None, formats: Sequence[Format]) -> list[Quantized]:
         """See Quantizer. Raises CompileError when the Gram matrix has no usable inverse."""
         assert gram is not None, "gptq needs the Gram matrix of the inputs"
-        sparse = [f for f in formats if isinstance(f, TwoFourFormat | KeptFormat)]
-        dense = [f for f in formats if not isinstance(f, TwoFourFormat | KeptFormat)]
+        sparse = [f for f in formats if isinstance(f, KeptFormat)]
+        dense = [f for f in formats if not isinstance(f, KeptFormat)]
         made = self._sparse(weight, gram, sparse) if sparse else []
         made += self._dense(weight, gram, dense) if dense else []
         found = {quantized.format: quantized for quantized in made}
         return [found[f] for f in formats]
 
-    def _sparse(
-        self, weight: Tensor, gram: Tensor, formats: Sequence[TwoFourFormat | KeptFormat]
-    ) -> list[Quantized]:
+    def _sparse(self, weight: Tensor, gram: Tensor, formats: Sequence[KeptFormat]) -> list[Quantized]:
         """Formats of one pattern share a mask where nothing is rounded, and the work before it."""
         diagonal = gram.diagonal().clamp(min=0)
         weight, sparsifier = weight.masked_fill(diagonal <= 0, 0.0), make_sparsifier(self.mask)
-        alike: dict[tuple[str, float], list[TwoFourFormat | KeptFormat]] = {}
+        alike: dict[tuple[str, float], list[KeptFormat]] = {}
         for format_ in formats:
             alike.setdefault((format_.kind, format_.density), []).append(format_)
         found = []
@@ -91,10 +89,10 @@ class Gptq:
                 order = order_of_groups(diagonal, first.together)
             parts = (sparsifier, diagonal, order, inverse_factor(gram[order][:, order], self.damping))
             sweep: SparseSweep
-            if isinstance(first, KeptFormat):
-                sweep = KeptSweep(first, weight, *parts)
-            else:
+            if isinstance(first, TwoFourFormat):
                 sweep = TwoFourSweep(weight, *parts)
+            else:
+                sweep = KeptSweep(first, weight, *parts)
             found += [sweep.quantized(f, self.clip) for f in (first, *others)]
         return found
 

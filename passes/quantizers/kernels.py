@@ -123,15 +123,16 @@ def sweep_levels(
 
 
 @_compiled
-def sweep_fours(
+def sweep_masked(
     left: Floats, became: Floats, keep: Booleans, errors: Floats, factor: Floats, importance: Floats,
     scales: Floats, groups: Integers, levels: int, choose: Booleans, start: int, end: int,
 ) -> None:  # fmt: skip
-    """`sweep_block` for weights of which two of each four columns are kept; start and end are multiples of 4.
+    """`sweep_block` for weights of which some are kept and the others become zero.
 
     left [rows, columns] is changed in place, became [rows, columns] is what weights become. Where choose
     [rows], keep [rows, columns] is filled: of each four the two largest |left| · importance [columns], of
-    equals the first. Codes are symmetric, from -(levels + 1) / 2 on; with levels 0 nothing is rounded.
+    equals the first; start and end are multiples of 4 then. Codes are symmetric, from -(levels + 1) / 2 on;
+    with levels 0 nothing is rounded.
     """
     half = (levels + 1) // 2
     for r in numba.prange(left.shape[0]):

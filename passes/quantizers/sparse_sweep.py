@@ -10,9 +10,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from gammac.formats import KeptFormat, Quantized, TwoFourFormat
+from gammac.formats import KeptFormat, Quantized
 from gammac.passes.quantizers.grid import Grid, choose_grid
-from gammac.passes.quantizers.kernels import sweep_fours
+from gammac.passes.quantizers.kernels import sweep_masked
 from gammac.passes.sparsifiers import Sparsifier
 
 BLOCK: Final = 128  # columns that are swept before the rest is updated
@@ -45,7 +45,7 @@ class SparseSweep:
         """What stays without rounding, and where."""
         self.pruned, self.mask = self._sweep(None, 0, 0)
 
-    def quantized(self, format_: TwoFourFormat | KeptFormat, clip: str) -> Quantized:
+    def quantized(self, format_: KeptFormat, clip: str) -> Quantized:
         """The weight in a format, its grid searched as `clip` says."""
         if format_.is_float:
             return format_.quantized(self.pruned, self.mask)
@@ -67,7 +67,7 @@ class SparseSweep:
             end = min(start + BLOCK, columns)
             errors = torch.empty(rows, end - start)
             self.chosen(keep, left, start, end)
-            sweep_fours(
+            sweep_masked(
                 left.numpy(), became.numpy(), keep.numpy(), errors.numpy(), self.factor.numpy(),
                 self.importance.numpy(), scales.numpy(), groups, levels, self.choose.numpy(), start, end,
             )  # fmt: skip

@@ -50,6 +50,8 @@ class Owl:
                 f"{self.name} says how sparse a block is, and all formats keep as many weights",
                 hint="offer several, as --sparsity n:8 and --sparsity unstructured do",
             )
+        for name in block_of:
+            _demand_one_width(module.weights[name])
         blocks = {
             b: [module.weights[n] for n in block_of if block_of[n] == b] for b in set(block_of.values())
         }
@@ -80,6 +82,19 @@ def outlier_ratio(weights: list[Weight], m: float, ctx: Context) -> float:
 def _densities(weight: Weight) -> bool:
     """Whether formats of several densities compete for a weight."""
     return "candidates" in weight.attrs and len({parse_format(n).density for n in candidates_of(weight)}) > 1
+
+
+def _demand_one_width(weight: Weight) -> None:
+    """Raises CompileError where two formats keep as many weights: nothing would tell them apart."""
+    of_density: dict[float, str] = {}
+    for name in candidates_of(weight):
+        other = of_density.setdefault(parse_format(name).density, name)
+        if other != name:
+            raise CompileError(
+                f"owl tells densities apart, and {other} and {name} have the same",
+                loc=weight.name,
+                hint="offer one width: --formats w4g64",
+            )
 
 
 def _scored(weight: Weight, offset: float) -> Weight:

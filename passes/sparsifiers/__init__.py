@@ -1,4 +1,4 @@
-"""Sparsifiers: which two weights of each four are kept, in one shot.
+"""Sparsifiers: which weights are kept, in one shot: two of each four, or as many as a format says.
 
 Each is an importance of columns: weights rank by magnitude times it. Where `in_sweep`, the ranking is that
 of the weights as error feedback has left them when a sweep reaches their four columns, else of the original
