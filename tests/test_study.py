@@ -530,3 +530,8 @@ def test_a_collapse_has_no_perplexity_but_a_row() -> None:
     assert torch.isfinite(
         torch.tensor(measure.on_text(Trial(1.0, 699.0, 0.0)).ppl or 0.0, dtype=torch.float64)
     )
+
+
+def test_the_ladders_rows_can_be_read() -> None:
+    rows = read_rows(Path(__file__).parents[1] / "benchmarks" / "ladder.toml")
+    assert len(rows) == 29 and not any(row.lacking for row in rows)
