@@ -10,7 +10,7 @@ error in place of the whole model's loss: one block with its gradients and momen
 reads what dense blocks put out (teacher forcing) or, with `forced` off, what the sparse blocks before it do,
 so that it makes up for their errors. Norms and biases of a block learn along. The attribute's figures are
 the blocks' mean relative errors on windows set apart, with magnitude's masks and nothing learnt, and behind
-training; a block that has not become better than that keeps magnitude's masks.
+training; a block that has not become better than that stays dense, for the sweep that rounds it to prune.
 """
 
 import math
@@ -99,10 +99,10 @@ class Sparsify:
             blocks.models.advance_student(index, blocks.current)
             if "learnt" in found:
                 errors.append((found["magnitude"], found["learnt"]))
-        if not any("sparse" in w.attrs for w in blocks.module.weights.values()):
-            raise CompileError("the model has no linears in numbered blocks that could be sparse")
         if not errors:
-            return blocks.module
+            if any("sparse" in w.attrs for w in blocks.module.weights.values()):
+                return blocks.module
+            raise CompileError("the model has no linears in numbered blocks that could be sparse")
         magnitude, learnt = (rounded(math.fsum(e) / len(errors)) for e in zip(*errors, strict=True))
         return blocks.module.with_attrs(sparsifying={"magnitude": magnitude, "learnt": learnt})
 
@@ -150,10 +150,10 @@ class _Blocks:
         problem.unit = max(magnitude * problem.size, 1e-30)
         trainer = Trainer(problem, options.made(), options.steps, options.rate, self.ctx.seed * 7919 + index)
         trainer.run()
-        learnt, kept = problem.judged(problem.parameters), problem.parameters
+        learnt = problem.judged(problem.parameters)
         if learnt >= magnitude:
-            learnt, kept = magnitude, pruned
-        digests = {n: self.ctx.store.put({"data": p.contiguous()}) for n, p in kept.items()}
+            return {"digests": {}, "sparse": [], "magnitude": magnitude, "learnt": magnitude}
+        digests = {n: self.ctx.store.put({"data": p.contiguous()}) for n, p in problem.parameters.items()}
         return {"digests": digests, "sparse": sparse, "magnitude": magnitude, "learnt": learnt}
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from learning_models import context, kill_at
 from llama_module import llama
 from test_cli import QUICK, Run, fails
@@ -13,7 +12,7 @@ from test_cli import cache as cache  # fixtures
 from test_cli import gammac as gammac
 
 from gammac.diagnostics import CompileError
-from gammac.formats import is_two_four, keep_two, load_float
+from gammac.formats import is_two_four, load_float
 from gammac.ir import Module, to_text, verify
 from gammac.passes import Choices, default_pipeline
 from gammac.passes.allocate import Allocate
@@ -38,11 +37,11 @@ def sparse(module: Module) -> list[str]:
 def test_every_method_leaves_two_of_four(method: str) -> None:
     store = WeightStore()
     module = llama(store)
-    found = Sparsify(method=method, steps=12).run(module, context(store))
+    found = dataclasses.replace(SHORT, method=method).run(module, context(store))
     assert verify(found) == []
     linears = [n for n, w in module.weights.items() if w.attrs.get("role") == "block"]
-    assert sparse(found) == linears and linears
-    assert all(bool(is_two_four(load_float(found.weights[n], store)).all()) for n in linears)
+    assert {*sparse(found)} <= {*linears} and sparse(found)
+    assert all(bool(is_two_four(load_float(found.weights[n], store)).all()) for n in sparse(found))
 
 
 @pytest.mark.parametrize("forced", [True, False])
@@ -53,14 +52,13 @@ def test_what_is_learnt_loses_less_than_magnitudes_masks(forced: bool) -> None:
     assert 0 < report["learnt"] < 0.95 * report["magnitude"]
 
 
-def test_a_block_that_does_not_become_better_keeps_magnitudes_masks() -> None:
+def test_a_block_that_does_not_become_better_is_left_to_the_sweep() -> None:
     store = WeightStore()
     module = llama(store)
     found = Sparsify(method="ast", steps=1, rate=1.0).run(module, context(store))
-    assert found.attrs["sparsifying"]["learnt"] == found.attrs["sparsifying"]["magnitude"]  # type: ignore[index,call-overload]
-    for name in sparse(found):
-        weight = load_float(module.weights[name], store)
-        assert torch.equal(load_float(found.weights[name], store), weight * keep_two(weight.abs()))
+    report: Any = found.attrs["sparsifying"]
+    assert report["learnt"] == report["magnitude"] > 0
+    assert found.weights == module.weights
 
 
 @pytest.mark.parametrize("method", TRAINED_MASKS)
@@ -112,12 +110,12 @@ def test_zeros_stay_through_rounding_and_a_dense_format_is_refused() -> None:
 
     def through(formats: str) -> Module:
         passes = (
-            Sparsify(steps=6), CollectGrams(), Candidates(formats, "w8g32", "gptq"), WeightMse(),
+            SHORT, CollectGrams(), Candidates(formats, "w8g32", "gptq"), WeightMse(),
             Allocate(tie=False), Quantize(),
         )  # fmt: skip
         return Pipeline(passes).run(llama(store), ctx)
 
-    learnt, stored = Sparsify(steps=6).run(llama(store), ctx), through("s24w4g32")
+    learnt, stored = SHORT.run(llama(store), ctx), through("s24w4g32")
     for name in sparse(stored):
         gone = load_float(learnt.weights[name], store) == 0
         assert not bool(load_float(stored.weights[name], store)[gone].any())
@@ -157,7 +155,7 @@ def test_the_pass_follows_from_the_choice() -> None:
 def test_a_compile_learns_masks(gammac: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = ("tiny", "--sparsity", "2:4", "--formats", "w4g64", "--table-formats", "w8g64", "--strategy",
              "uniform", "--backend", "tvm", *QUICK)  # fmt: skip
-    mask = ("--mask", "sparseforge{steps=4}")
+    mask = ("--mask", "sparseforge{steps=40,score=magnitude}")
     with monkeypatch.context() as patch:
         patch.setattr(Sparsify, "run", lambda *_: pytest.fail("a dry run trains nothing"))
         told = gammac("compile", *asked, *mask, "--dry-run", "-o", str(tmp_path / "out"))
