@@ -154,7 +154,8 @@ def test_the_pass_follows_from_the_choice() -> None:
 
 def test_a_compile_learns_masks(gammac: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = ("tiny", "--sparsity", "2:4", "--formats", "w4g64", "--table-formats", "w8g64", "--strategy",
-             "uniform", "--backend", "tvm", *QUICK)  # fmt: skip
+             "uniform", "--backend", "tvm", "--calibration-windows", "8", "--calibration-length",
+             "32")  # fmt: skip
     mask = ("--mask", "sparseforge{steps=40,score=magnitude}")
     with monkeypatch.context() as patch:
         patch.setattr(Sparsify, "run", lambda *_: pytest.fail("a dry run trains nothing"))
