@@ -1,5 +1,6 @@
 """What sparse formats share: values of what is kept, where it stands, zero elsewhere."""
 
+from abc import abstractmethod
 from dataclasses import dataclass, replace
 from typing import ClassVar, Final, Self
 
@@ -23,25 +24,25 @@ class KeptFormat(Format):
     width: int
     group: int
 
+    @abstractmethod
     def kept_of(self, columns: int) -> int:
         """How many weights of a row are kept."""
-        raise NotImplementedError
 
+    @abstractmethod
     def place_bits(self, columns: int) -> int:
         """What their places take in a row."""
-        raise NotImplementedError
 
+    @abstractmethod
     def best(self, scores: Tensor) -> Tensor:
         """The mask bool [rows, columns] of those that are kept: the largest scores; of equals the first."""
-        raise NotImplementedError
 
+    @abstractmethod
     def places(self, mask: Tensor) -> Tensor:
         """A mask bool [rows, columns] as it is stored, u8."""
-        raise NotImplementedError
 
+    @abstractmethod
     def mask(self, places: Tensor) -> Tensor:
         """The inverse of `places`."""
-        raise NotImplementedError
 
     @property
     def is_float(self) -> bool:

@@ -44,7 +44,9 @@ class Owl:
 
     def run(self, module: Module, ctx: Context) -> Module:
         """Raises CompileError where no weight has formats of several densities."""
-        block_of = {n: b for n, b in blocks_of_weights(module).items() if _densities(module.weights[n])}
+        block_of = {
+            n: b for n, b in blocks_of_weights(module).items() if _differ_in_density(module.weights[n])
+        }
         if not block_of:
             raise CompileError(
                 f"{self.name} says how sparse a block is, and all formats keep as many weights",
@@ -79,7 +81,7 @@ def outlier_ratio(weights: list[Weight], m: float, ctx: Context) -> float:
     return float((joined > m * joined.mean()).double().mean())
 
 
-def _densities(weight: Weight) -> bool:
+def _differ_in_density(weight: Weight) -> bool:
     """Whether formats of several densities compete for a weight."""
     return "candidates" in weight.attrs and len({parse_format(n).density for n in candidates_of(weight)}) > 1
 
