@@ -53,7 +53,7 @@ SPARSITIES: Final[Mapping[str, Callable[[int, int], Sequence[Format]]]] = {
     "2:4": lambda width, group: (TwoFourFormat(width, group),),
     AUTO: lambda width, group: (TwoFourFormat(width, group),),
     "n:8": lambda width, group: [NOfEightFormat(width, group, kept) for kept in (2, 3, 4, 5, 6)],
-    "unstructured": lambda width, group: [UnstructuredFormat(width, group, p) for p in (30, 40, 50, 60, 70)],
+    "unstructured": lambda width, group: [UnstructuredFormat(width, group, p) for p in range(30, 75, 5)],
 }
 
 
