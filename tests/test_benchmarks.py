@@ -41,3 +41,23 @@ def test_lines_of_the_test_come_from_other_files_and_are_no_comments(tmp_path: P
     assert [path.read_bytes() for path in source_lines.write(tmp_path / "again", 40)] == [
         train.read_bytes(), test.read_bytes(),
     ]  # fmt: skip
+
+
+def test_scores_that_predict_exactly_and_scores_that_are_twice_as_large() -> None:
+    from predicted_kl import apart, prediction
+
+    scores = {"a": {"w2g64": 0.4, "w3g64": 0.1}, "b": {"w2g64": 0.2, "w3g64": 0.05}}
+    double = {name: {f: 2 * x for f, x in own.items()} for name, own in scores.items()}
+    formats = [("w2g64", "w3g64"), ("w3g64", "w2g64"), ("w3g64", "w3g64")]
+    rows = [
+        {
+            "budget": "2.5",
+            "kl": scores["a"][a] + scores["b"][b],
+            "assignment": {"a": a, "b": b, "head": "w8g64"},
+        }
+        for a, b in formats
+    ]
+    assert prediction(rows, scores) == pytest.approx((1.0, 0.0, 1.0))
+    assert prediction(rows, double) == pytest.approx((0.5, 0.0, 1.0))
+    assert apart(scores, double) == pytest.approx(0.0)
+    assert apart(scores, {"a": scores["b"], "b": scores["a"]}) == pytest.approx(math.log(2))
