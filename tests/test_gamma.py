@@ -32,7 +32,7 @@ from gammac.passes.sensitivity.gamma_interactions import LEAST, SHARE, shrunk
 from gammac.passes.sensitivity.gamma_preferences import Lines, Preferences, gumbel_softmax
 from gammac.passes.sensitivity.gamma_steps import SteppedPreferences
 from gammac.passes.sensitivity.gamma_teacher import Teacher
-from gammac.passes.sensitivity.scores import candidate, falling
+from gammac.passes.sensitivity.scores import candidate, falling, scoring_tokens
 from gammac.pipeline import Context, Pipeline
 from gammac.progress import no_progress
 from gammac.targets.target import load_target
@@ -42,7 +42,7 @@ from gammac.weights import WeightStore
 WIDTHS: Final = (2.0, 3.0, 4.0, 8.0)
 WINDOWS: Final = 8
 # options of a run that takes a moment and stays at teacher forcing
-QUICK: Final[dict[str, Any]] = {"windows": 4, "sweeps": 4, "steps": 6, "draws": 0}
+QUICK: Final[dict[str, Any]] = {"windows": 4, "sweeps": 4, "steps": 6, "draws": 0, "curvature": 0.0}
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -300,7 +300,8 @@ def test_what_is_learnt_is_what_is_lost(
     prepared: tuple[Module, Context], samples: str, normalize: str
 ) -> None:
     module, ctx = prepared
-    scored = Gamma(windows=WINDOWS, sweeps=8, samples=samples, normalize=normalize, draws=0).run(module, ctx)
+    options: dict[str, Any] = {"samples": samples, "normalize": normalize, "draws": 0, "curvature": 0.0}
+    scored = Gamma(windows=WINDOWS, sweeps=8, **options).run(module, ctx)
     scores, alone = scores_of(scored), measured(module, ctx, "w2g32", normalize)
     assert scores.keys() == alone.keys() and len(scores) == 28
     for name, own in scores.items():
@@ -313,13 +314,44 @@ def test_what_is_learnt_is_what_is_lost(
     assert abs(gamma_attrs(scored)["excess_bits"]) < 1e-3 and gamma_attrs(scored)["price"] > 0
 
 
+def test_the_curvature_of_a_block_s_last_linear_is_what_the_block_loses(
+    small: tuple[Module, Context],
+) -> None:
+    """Nothing stands between what down_proj puts out and what the block does."""
+    module, ctx = small
+    assert ctx.calibration is not None
+    curvatures = Teacher(module, ctx.calibration.tokens, ctx).curvatures
+    assert curvatures.keys() == scores_of(Gamma(**QUICK).run(module, ctx)).keys()
+    for format_ in ("w2g32", "w4g32"):
+        for name, loss in measured(module, ctx, format_, "fisher").items():
+            if name.endswith("down_proj.weight"):
+                assert curvatures[name][format_] == pytest.approx(loss, rel=1e-4)
+            else:  # behind a softmax or a product
+                assert curvatures[name][format_] == pytest.approx(loss, rel=2.0)
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_a_loss_is_a_mean_of_what_was_sampled_and_the_curvature(
+    small: tuple[Module, Context], share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, ctx = small
+    monkeypatch.setattr("gammac.passes.sensitivity.gamma.falling", dict)
+    sampled = scores_of(Gamma(**QUICK).run(module, ctx))
+    mixed = scores_of(Gamma(**{**QUICK, "curvature": share}).run(module, ctx))
+    curvatures = Teacher(module, scoring_tokens("gamma", QUICK["windows"], module, ctx), ctx).curvatures
+    for name, own in mixed.items():
+        for format_, loss in own.items():
+            wanted = (1 - share) * sampled[name][format_] + share * curvatures[name][format_]
+            assert loss == pytest.approx(wanted, rel=1e-5)
+
+
 def test_each_option_changes_what_is_learnt() -> None:
     module, ctx = with_candidates(2)
     options: list[dict[str, Any]] = [
         {}, {"samples": "soft"}, {"normalize": "delta"}, {"normalize": "output"}, {"normalize": "none"},
         {"inputs": "mixed"}, {"constraint": "penalty"}, {"target": 4.0}, {"memory": 0.5}, {"windows": 3},
         {"hot": 4.0}, {"cold": 0.6, "samples": "soft"}, {"penalty": 1.0, "constraint": "penalty"},
-        {"sweeps": 5}, {"steps": 5}, {"draws": 3},
+        {"sweeps": 5}, {"steps": 5}, {"draws": 3}, {"curvature": 0.5},
     ]  # fmt: skip
     runs = [Gamma(**{**QUICK, "windows": 2, "sweeps": 3, "steps": 3, **o}).run(module, ctx) for o in options]
     for (i, a), (j, b) in itertools.combinations(enumerate(scores_of(r) for r in runs), 2):
@@ -584,7 +616,9 @@ def test_rows_may_come_in_any_order(scored: Module) -> None:
         ("penalty=0", "penalty is at least 1e-06"),
         ("growth=0.9", "growth is at least 1"),
         ("draws=-1", "draws is at least 0"),
-        ("normalize=delta", "needs losses in nats, normalize=delta has none"),
+        ("normalize=delta", "draws and curvature need losses in nats, normalize=delta has none"),
+        ("normalize=delta,draws=0", "need losses in nats"),
+        ("curvature=2", "curvature is at least 0 and at most 1"),
         ("samples=firm", "samples='firm'\n  hint: it is soft or hard"),
         ("normalize=max", "normalize='max'\n  hint: it is fisher or delta or output or none"),
         ("inputs=quantized", "inputs='quantized'\n  hint: it is full or mixed"),

@@ -21,12 +21,11 @@ from gammac.calibration import (
     backward_segments,
     run_up_to_last,
 )
-from gammac.formats import candidates_of
 from gammac.ir import Module, Op, Weight
 from gammac.passes.candidates import weights_have_candidates
 from gammac.passes.sensitivity.scores import (
-    candidate,
     check_range,
+    differences,
     rounded,
     scoring_tokens,
     weights_have_scores,
@@ -75,8 +74,7 @@ def _deltas(module: Module, op: Op, weights: SegmentWeights, ctx: Context) -> di
     weight = module.weights[ref.name]
     if "candidates" not in weight.attrs:
         return {}
-    original = weights(ref.name).detach()
-    return {name: candidate(weight, name, ctx) - original for name in candidates_of(weight)}
+    return differences(weight, weights(ref.name).detach(), ctx)
 
 
 def _add(scores: Scores, module: Module, gradient: LinearGradient, deltas: dict[str, Tensor]) -> None:

@@ -36,6 +36,7 @@ from gammac.passes.sensitivity.gamma_teacher import Teacher
 from gammac.passes.sensitivity.scores import (
     candidate,
     check_range,
+    differences,
     falling,
     rounded,
     scoring_tokens,
@@ -69,7 +70,9 @@ class Gamma:
     penalty (no multiplier). With each sample the earlier ones fade by `memory`; `penalty` and `growth`
     are those of `Preferences.settle`. `optimizer`: lines computes the logits from the losses; sgd, global
     and adam take steps of about `rate` (see `gamma_steps`). Behind the sweeps, `draws` whole models are run
-    end to end (see `gamma_interactions`); 0 leaves it at teacher forcing.
+    end to end (see `gamma_interactions`); 0 leaves it at teacher forcing. Two estimates of a loss make one:
+    a share of `curvature` is what the weight loses alone, exact over all tokens (`Teacher.curvatures`), and
+    the rest is from the samples, which know of the other errors in its block and are noisier.
     """
 
     name: ClassVar[str] = "gamma"
@@ -92,6 +95,7 @@ class Gamma:
     optimizer: str = "lines"
     rate: float = 0.1
     draws: int = 32
+    curvature: float = 0.5
 
     def __post_init__(self) -> None:
         """Raises CompileError for options that make no sense."""
@@ -105,15 +109,16 @@ class Gamma:
         check_range(self.name, "growth", self.growth, 1)
         check_range(self.name, "rate", self.rate, 1e-6)
         check_range(self.name, "draws", self.draws, 0)
+        check_range(self.name, "curvature", self.curvature, 0, 1)
         for option, known in WORDS.items():
             if getattr(self, option) not in known:
                 raise CompileError(
                     f"{self.name}: {option}={getattr(self, option)!r}", hint=f"it is {' or '.join(known)}"
                 )
-        if self.draws and self.normalize != "fisher":
+        if (self.draws or self.curvature) and self.normalize != "fisher":
             raise CompileError(
-                f"{self.name}: draws={self.draws} needs losses in nats, normalize={self.normalize} has none",
-                hint="add draws=0, or leave it at fisher",
+                f"{self.name}: draws and curvature need losses in nats, normalize={self.normalize} has none",
+                hint="add draws=0,curvature=0, or leave it at fisher",
             )
 
     def run(self, module: Module, ctx: Context) -> Module:
@@ -122,7 +127,8 @@ class Gamma:
         # called in only where something is still to be learnt
         teacher = cache(lambda: Teacher(module, tokens, ctx))
         learner = Learner(self, module, teacher, _preferences(self, module), ctx)
-        key = key_of(to_text(module), full_options_text(replace(self, draws=0)), ctx.fingerprint(self.reads))
+        learning = replace(self, draws=0, curvature=0.0)  # what the sweeps depend on
+        key = key_of(to_text(module), full_options_text(learning), ctx.fingerprint(self.reads))
         # where every weight has one format there is nothing to learn
         for sweep in range(self.sweeps if learner.preferences.bits else 0):
 
@@ -131,7 +137,11 @@ class Gamma:
                 return learner.preferences.state()
 
             learner.preferences.restore(ctx.cache.record(key_of(key, str(sweep)), learn))
-        alone = among = learner.losses()
+        losses = learner.losses()
+        if self.curvature and losses:
+            known = ctx.cache.record(key_of(key, "curvatures"), lambda: teacher().curvatures)
+            losses = _mixed(losses, known, self.curvature)
+        alone = among = losses
         if self.draws and alone:
             among = with_interactions(alone, module, learner.preferences, self.draws, self.cold, key, ctx)
         tables = ctx.cache.record(key_of(key, "tables"), lambda: _measured(module, teacher(), ctx))
@@ -154,6 +164,13 @@ class Gamma:
 def _written(losses: Mapping[str, float]) -> dict[str, float]:
     """As an attribute: never rising with the bits, and of a few digits."""
     return {f: rounded(x) for f, x in falling(losses).items()}
+
+
+def _mixed(
+    a: Mapping[str, Mapping[str, float]], b: Mapping[str, Mapping[str, float]], share: float
+) -> dict[str, dict[str, float]]:
+    """Losses of which `share` is from b."""
+    return {n: {f: (1 - share) * x + share * b[n][f] for f, x in own.items()} for n, own in a.items()}
 
 
 def _learnt(module: Module) -> dict[str, Weight]:
@@ -232,8 +249,7 @@ class Learner:
 
     def _deltas(self, name: str, full: Tensor) -> Tensor:
         """W_b − W for each candidate, f32 [formats, rows, columns]."""
-        weight = self.module.weights[name]
-        return torch.stack([candidate(weight, f, self.ctx) - full for f in candidates_of(weight)])
+        return torch.stack(list(differences(self.module.weights[name], full, self.ctx).values()))
 
     def _learn(
         self, index: int, batch: int, weights: SegmentWeights, deltas: Mapping[str, Tensor],

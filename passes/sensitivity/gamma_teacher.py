@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gammac.calibration import Stream, backward_segments, run_up_to_last
+from gammac.calibration import LinearGradient, Segment, Stream, backward_segments, run_up_to_last
 from gammac.ir import Module, Value
 from gammac.ir.interpret import Env, Weights, run_ops
+from gammac.passes.sensitivity.scores import differences
 from gammac.pipeline import Context
 
 
@@ -20,6 +21,8 @@ class Teacher:
 
     The gradients are those of the negative log-likelihood, in nats, of tokens that the model itself
     draws: their outer products are its Fisher information, the curvature of the KL divergence.
+    `curvatures`: what each candidate in a block would lose by that alone, all others in full precision,
+    over all tokens: ½ (g · (y_b − y))², nats a token, by weight and format.
     """
 
     def __init__(self, module: Module, tokens: Tensor, ctx: Context) -> None:
@@ -38,9 +41,29 @@ class Teacher:
             module, self.stream, ctx.store, ctx.progress, "gamma (teacher, backward)",
             loss=loss, arriving=self._keep,
         )  # fmt: skip
-        for _, _, gradients in runs:
-            for _ in gradients:
-                pass
+        self.curvatures: dict[str, dict[str, float]] = {}
+        for segment, weights, gradients in runs:
+            deltas = {
+                name: differences(module.weights[name], weights(name).detach(), ctx)
+                for name in self._block_weights(segment, module)
+            }
+            for gradient in gradients:
+                self._add(gradient, deltas)
+
+    @staticmethod
+    def _block_weights(segment: Segment, module: Module) -> list[str]:
+        refs = (op.weight() for op in segment.linears())
+        names = dict.fromkeys(ref.name for ref in refs if ref is not None)
+        attrs = {name: module.weights[name].attrs for name in names}
+        return [n for n, own in attrs.items() if own.get("role") == "block" and "candidates" in own]
+
+    def _add(self, found: LinearGradient, deltas: Mapping[str, Mapping[str, Tensor]]) -> None:
+        ref = found.op.weight()
+        assert ref is not None
+        for format_, delta in deltas.get(ref.name, {}).items():
+            by_token = found.output_change(delta).mul_(found.gradient).sum(-1)
+            own = self.curvatures.setdefault(ref.name, {})
+            own[format_] = own.get(format_, 0.0) + 0.5 * float(by_token.square().sum()) / self.tokens.numel()
 
     def _keep(self, index: int, batch: int, gradients: Mapping[Value, Tensor]) -> None:
         live_out = self.segments[index].live_out

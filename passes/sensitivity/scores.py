@@ -26,6 +26,11 @@ def candidate(weight: Weight, name: str, ctx: Context) -> Tensor:
     return load_candidate(weight, name, ctx.store).dequantize()
 
 
+def differences(weight: Weight, full: Tensor, ctx: Context) -> dict[str, Tensor]:
+    """Format name → W_b − W for each candidate, f32 [rows, columns]; `full` is W."""
+    return {name: candidate(weight, name, ctx) - full for name in candidates_of(weight)}
+
+
 def squared_errors(weight: Weight, ctx: Context) -> dict[str, float]:
     """Format name → Σ (W_b − W)²."""
     original = load_float(weight, ctx.store)
