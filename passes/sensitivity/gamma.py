@@ -10,8 +10,9 @@ Block by block against the full-precision model (teacher forcing: a block reads 
 is compared with the teacher's output), each linear is a Gumbel-softmax mixture of its candidates, and one
 augmented Lagrangian holds the average bits of all blocks at the target. `gamma_preferences` has the
 equations. A score is the loss that was learnt, in nats a token, free of the price of bits; so it serves
-every budget. `losses_alone` is what teacher forcing learnt, `scores` what that makes among the errors of
-all others. Embedding and head have no other module in their segment: their losses are measured.
+every budget. Half of it comes from the samples, half is the curvature that the teacher's gradients give of
+this weight alone: two estimates, whose mean is less noisy. `losses_alone` is that mean, `scores` what it
+makes among the errors of all others. Embedding and head have no other module in their segment: their losses are measured.
 """
 
 from collections.abc import Callable, Mapping
