@@ -12,7 +12,8 @@ augmented Lagrangian holds the average bits of all blocks at the target. `gamma_
 equations. A score is the loss that was learnt, in nats a token, free of the price of bits; so it serves
 every budget. Half of it comes from the samples, half is the curvature that the teacher's gradients give of
 this weight alone: two estimates, whose mean is less noisy. `losses_alone` is that mean, `scores` what it
-makes among the errors of all others. Embedding and head have no other module in their segment: their losses are measured.
+makes among the errors of all others. Embedding and head have no other module in their segment: their
+losses are measured.
 """
 
 from collections.abc import Callable, Mapping
