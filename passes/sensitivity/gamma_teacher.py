@@ -21,8 +21,8 @@ class Teacher:
 
     The gradients are those of the negative log-likelihood, in nats, of tokens that the model itself
     draws: their outer products are its Fisher information, the curvature of the KL divergence.
-    `curvatures`: what each candidate in a block would lose by that alone, all others in full precision,
-    over all tokens: ½ (g · (y_b − y))², nats a token, by weight and format.
+    `curvatures`: by weight and format, what a candidate in a block would lose by that, all others in full
+    precision: the mean over all tokens of ½ (g · (y_b − y))², in nats, g the gradient at its linear's output y.
     """
 
     def __init__(self, module: Module, tokens: Tensor, ctx: Context) -> None:
@@ -43,19 +43,14 @@ class Teacher:
         )  # fmt: skip
         self.curvatures: dict[str, dict[str, float]] = {}
         for segment, weights, gradients in runs:
+            read = [module.weights[name] for name in _read(segment)]
             deltas = {
-                name: differences(module.weights[name], weights(name).detach(), ctx)
-                for name in self._block_weights(segment, module)
+                w.name: differences(w, weights(w.name).detach(), ctx)
+                for w in read
+                if w.attrs.get("role") == "block" and "candidates" in w.attrs
             }
             for gradient in gradients:
                 self._add(gradient, deltas)
-
-    @staticmethod
-    def _block_weights(segment: Segment, module: Module) -> list[str]:
-        refs = (op.weight() for op in segment.linears())
-        names = dict.fromkeys(ref.name for ref in refs if ref is not None)
-        attrs = {name: module.weights[name].attrs for name in names}
-        return [n for n, own in attrs.items() if own.get("role") == "block" and "candidates" in own]
 
     def _add(self, found: LinearGradient, deltas: Mapping[str, Mapping[str, Tensor]]) -> None:
         ref = found.op.weight()
@@ -89,8 +84,7 @@ class Teacher:
 
     def weights_of(self, index: int) -> list[str]:
         """The names of the weights that a segment's linears and embeddings read."""
-        refs = (op.weight() for op in self.segments[index].linears())
-        return list(dict.fromkeys(ref.name for ref in refs if ref is not None))
+        return _read(self.segments[index])
 
     def fresh_stream(self) -> Stream:
         """A stream over the same tokens, at its start: for a student that reads its own states."""
@@ -119,3 +113,8 @@ class Teacher:
         last = len(self.segments) - 1
         out = self.run(last, batch, self.stream, weights)
         return out[self.segments[last].live_out[-1]][:, :-1].float().log_softmax(-1)
+
+
+def _read(segment: Segment) -> list[str]:
+    refs = (op.weight() for op in segment.linears())
+    return list(dict.fromkeys(ref.name for ref in refs if ref is not None))
