@@ -22,7 +22,8 @@ class Teacher:
     The gradients are those of the negative log-likelihood, in nats, of tokens that the model itself
     draws: their outer products are its Fisher information, the curvature of the KL divergence.
     `curvatures`: by weight and format, what a candidate in a block would lose by that, all others in full
-    precision: the mean over all tokens of ½ (g · (y_b − y))², in nats, g the gradient at its linear's output y.
+    precision: the mean over all tokens of ½ (g · (y_b − y))², in nats, g the gradient at the linear's
+    output y.
     """
 
     def __init__(self, module: Module, tokens: Tensor, ctx: Context) -> None:
