@@ -174,7 +174,8 @@ def scoring_work(strategy: Pass, weights: int, formats: int) -> tuple[int, int]:
     match strategy:
         case Gamma():
             products = BATCH_WINDOWS * (4 * strategy.sweeps * strategy.steps + 6 * strategy.draws)
-            return strategy.windows, 4 + formats + products // strategy.windows
+            passes = 4 + (formats if strategy.curvature else 0)
+            return strategy.windows, passes + products // strategy.windows
         case Fisher():
             return strategy.windows, 3 + formats
         case DeltaLoss():

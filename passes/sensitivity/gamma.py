@@ -127,7 +127,7 @@ class Gamma:
         """Each finished sweep is remembered. Raises CompileError without calibration text or a next token."""
         tokens = scoring_tokens(self.name, self.windows, module, ctx)
         # called in only where something is still to be learnt
-        teacher = cache(lambda: Teacher(module, tokens, ctx))
+        teacher = cache(lambda: Teacher(module, tokens, ctx, self.curvature > 0))
         learner = Learner(self, module, teacher, _preferences(self, module), ctx)
         learning = replace(self, draws=0, curvature=0.0)  # what the sweeps depend on
         key = key_of(to_text(module), full_options_text(learning), ctx.fingerprint(self.reads))

@@ -23,10 +23,10 @@ class Teacher:
     draws: their outer products are its Fisher information, the curvature of the KL divergence.
     `curvatures`: by weight and format, what a candidate in a block would lose by that, all others in full
     precision: the mean over all tokens of ½ (g · (y_b − y))², in nats, g the gradient at the linear's
-    output y.
+    output y. They take a product for each candidate; without `curvatures` they are left out.
     """
 
-    def __init__(self, module: Module, tokens: Tensor, ctx: Context) -> None:
+    def __init__(self, module: Module, tokens: Tensor, ctx: Context, curvatures: bool = True) -> None:
         self.stream = Stream(module.functions["forward"], tokens)
         self.segments = self.stream.segments
         self.tokens, self.batches = tokens, len(self.stream.batches)
@@ -44,7 +44,7 @@ class Teacher:
         )  # fmt: skip
         self.curvatures: dict[str, dict[str, float]] = {}
         for segment, weights, gradients in runs:
-            read = [module.weights[name] for name in _read(segment)]
+            read = [module.weights[name] for name in _read(segment)] if curvatures else []
             deltas = {
                 w.name: differences(w, weights(w.name).detach(), ctx)
                 for w in read
