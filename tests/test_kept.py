@@ -133,8 +133,8 @@ def test_owl_gives_more_to_a_block_where_more_stands_out() -> None:
         assert kept[1] > 1.1 * kept[0], budget
 
 
-def test_owl_refuses_formats_of_one_density(gammac: Run) -> None:
-    result = gammac("compile", "tiny", "--strategy", "owl", *QUICK, "-o", "out")
+def test_owl_refuses_formats_of_one_density(gammac: Run, tmp_path: Path) -> None:
+    result = gammac("compile", "tiny", "--strategy", "owl", *QUICK, "-o", str(tmp_path / "no"))
     fails(result, "owl says how sparse a block is", "--sparsity n:8")
 
 
@@ -145,8 +145,8 @@ def test_owl_refuses_two_widths_of_one_density() -> None:
         Pipeline(steps).run(llama(ctx.store), ctx)
 
 
-def test_tables_stay_dense(gammac: Run) -> None:
-    result = gammac("compile", "tiny", "--table-formats", "u50w4g64", *QUICK, "-o", "out")
+def test_tables_stay_dense(gammac: Run, tmp_path: Path) -> None:
+    result = gammac("compile", "tiny", "--table-formats", "u50w4g64", *QUICK, "-o", str(tmp_path / "no"))
     fails(result, "u50w4g64")
     with pytest.raises(CompileError, match="embedding and head stay dense"):
         check_choices(Choices(table="s24w4g64"))
@@ -179,9 +179,17 @@ def test_sparsity_offers_several_densities(gammac: Run, tmp_path: Path) -> None:
     assert "2.87" in (out / "sweep.md").read_text()
 
 
-def test_no_emitter_is_silently_given_them(gammac: Run) -> None:
+def test_no_emitter_is_silently_given_them(gammac: Run, tmp_path: Path) -> None:
     for backend in ("onnx", "tvm"):
         result = gammac(
-            "compile", "tiny", "--sparsity", "unstructured", "--backend", backend, *QUICK, "-o", "out"
+            "compile",
+            "tiny",
+            "--sparsity",
+            "unstructured",
+            "--backend",
+            backend,
+            *QUICK,
+            "-o",
+            str(tmp_path / "out"),
         )
         fails(result, "does not run u30w", "--target reference measures")

@@ -168,9 +168,13 @@ def test_a_compile_learns_masks(gammac: Run, tmp_path: Path, monkeypatch: pytest
     assert result.exit_code == 0, result.output
     (dump,) = (tmp_path / "ir").glob("*-sparsify.gir")
     assert "sparsifying = {" in dump.read_text() and 'sparse = "2:4"' in dump.read_text()
-    fails(gammac("compile", *asked, "--mask", "wishes", "-o", "out"), "no mask 'wishes'", "sparseforge")
+    fails(
+        gammac("compile", *asked, "--mask", "wishes", "-o", str(tmp_path / "no")),
+        "no mask 'wishes'",
+        "sparseforge",
+    )
     dense = ["tiny", "--formats", "w4g64", "--mask", "sparseforge", *QUICK]
-    fails(gammac("compile", *dense, "-o", "out"), "which weights stay in sparse formats")
+    fails(gammac("compile", *dense, "-o", str(tmp_path / "no")), "which weights stay in sparse formats")
 
 
 def test_seeds_and_equal_bits() -> None:
