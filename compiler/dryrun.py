@@ -35,6 +35,7 @@ from gammac.passes.incoherence import Incoherence
 from gammac.passes.masks.methods import Clock
 from gammac.passes.quantize_activations import QuantizeActivations, parse_activations
 from gammac.passes.quantizers import make_quantizer
+from gammac.passes.refine import TRIES
 from gammac.passes.sensitivity import Amq, DeltaLoss, Fisher, Gamma, GreedyKl, Hawq
 from gammac.passes.sensitivity.scores import grid_noise
 from gammac.passes.smooth_quant import SmoothQuant
@@ -136,7 +137,9 @@ def compile_seconds(plan: Plan, module: Module, tokens: int) -> float:
     windows, products = scoring_work(strategy_of(plan.request.choices), len(weights), formats)
     gemm += 2 * min(tokens, windows * plan.request.calibration_length) * every * products
     for refine in refine_of(plan.request.choices):
-        gemm += 2 * refine.windows * plan.request.calibration_length * every * (1 + 5 * refine.rounds)
+        # a round: forward, forward again, backward; its proposals beside full precision
+        products = 2 + (5 + TRIES) * refine.rounds
+        gemm += 2 * refine.windows * plan.request.calibration_length * every * products
     for learn in learn_rounding_of(plan.request.choices):
         gemm += 2 * block * (3 * learn.steps * learn.batch * plan.request.calibration_length + 4 * tokens)
     for sparsify in sparsify_of(plan.request.choices):

@@ -9,14 +9,17 @@
 
 Scores know a module alone; this pass knows what the modules do to each other. Each round takes one
 gradient of KL(full precision ‖ allocated) at the allocated model, predicts from it what every change of
-a format would do, solves the integer program once more for the best few changes within the same
-budgets, and keeps them if the KL really falls; else it tries fewer. The number of rounds bounds the time.
+a format would do, and solves the integer program once more for the best few changes within the same
+budgets. Proposals of several sizes are tried on other windows than the gradient's, for a gradient of a
+few windows promises what holds for these alone; the best is kept if the KL falls there.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Final
+
+from torch import Tensor
 
 from gammac.diagnostics import CompileError
 from gammac.ir import Module
@@ -28,6 +31,7 @@ from gammac.passes.kl_gradient import Formats, KlGradient, Slopes
 from gammac.passes.quantize import weights_have_formats
 from gammac.passes.sensitivity.scores import check_range, rounded, scoring_tokens, weights_have_scores
 from gammac.pipeline import Context, Invariant
+from gammac.trials import run_trials
 
 TRIES: Final = 4  # proposals from one gradient
 SWAP: Final = 2  # decisions: with a single one nothing gets wider where a budget is used up
@@ -35,8 +39,9 @@ SWAP: Final = 2  # decisions: with a single one nothing gets wider where a budge
 
 @dataclass(frozen=True)
 class Refine:
-    """At most `share` of the decisions change in a round, fewer where that many don't help; `windows` of the
-    calibration text are used. A round is one gradient and at most four proposals.
+    """At most `share` of the decisions change in a round, in the other proposals half of that and so on.
+    A gradient is of `windows` of the calibration text, and proposals are judged on as many others, all
+    evenly spaced; where the text has only one window, on that one. `rounds` bounds the time.
 
     `budget`, `tie` and `extra_bytes` must be those of the allocation.
     """
@@ -66,28 +71,34 @@ class Refine:
         """Raises CompileError without calibration text, or for an encoder, which has no next token."""
         if not self.budget and not ctx.budgets:
             raise CompileError("refine needs the allocation's budget", hint="write refine{budget=3}")
-        gradient = KlGradient(module, scoring_tokens(self.name, self.windows, module, ctx), ctx)
+        learnt, judging = split(scoring_tokens(self.name, 2 * self.windows, module, ctx))
+        gradient = KlGradient(module, learnt, ctx)
         limits, rows = problem(module, ctx, self.budget, self.tie, self.extra_bytes)
         formats = {name: str(module.weights[name].attrs["format"]) for names, _ in rows for name in names}
-        first, slopes = gradient.measure(formats, "refining", below=math.inf)
-        best, kl, moves = formats, first, max(SWAP, round(self.share * len(rows)))
+        most = max(SWAP, round(self.share * len(rows)))
+        best, first, kl = formats, math.nan, math.nan
         for round_ in range(1, self.rounds + 1):
-            predicted = _predicted(module, best, kl, slopes)
-            below = kl if round_ < self.rounds else 0.0  # nobody asks for the last one's slopes
-            for fewer in _fewer(moves):
-                proposal = _proposal(best, predicted, rows, limits, fewer)
-                if proposal == best:
-                    continue
-                found, next_slopes = gradient.measure(proposal, f"refining, round {round_}", below)
-                if found < kl:
-                    best, kl, slopes, moves = proposal, found, next_slopes, fewer
-                    break
-            else:
+            title = f"refining, round {round_} of {self.rounds}"
+            predicted = _predicted(module, best, *gradient.measure(best, title))
+            proposals = [_proposal(best, predicted, rows, limits, moves) for moves in _fewer(most)]
+            unmoved = [formats] if round_ == 1 else []
+            tried = [p for i, p in enumerate(proposals) if p != best and p not in proposals[:i]]
+            trials = run_trials(module, ctx.store, judging, unmoved + tried, ctx.progress, f"{title}, trials")
+            if unmoved:
+                first = kl = trials.pop(0).kl
+            found = min(((trial.kl, i) for i, trial in enumerate(trials)), default=(kl, 0))
+            if not found[0] < kl:
                 break
+            kl, best = found[0], tried[found[1]]
         refined = with_formats(module, best, ctx.target, self.extra_bytes)
         changed = sum(best[name] != formats[name] for name in formats)
         found_out = {"kl_before": rounded(first), "kl_after": rounded(kl), "changed": changed}
         return refined.with_attrs(refinement=found_out)
+
+
+def split(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Windows for the gradients and windows to judge by, in turn; the same where there is only one."""
+    return (tokens[::2], tokens[1::2]) if len(tokens) > 1 else (tokens, tokens)
 
 
 def _fewer(moves: int) -> list[int]:

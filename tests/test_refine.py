@@ -22,7 +22,7 @@ from gammac.passes.allocation_search import upgraded
 from gammac.passes.candidates import Candidates
 from gammac.passes.kl_gradient import FULL, KlGradient
 from gammac.passes.options import parse_passes
-from gammac.passes.refine import Refine, _predicted
+from gammac.passes.refine import Refine, _predicted, split
 from gammac.passes.sensitivity import Fisher, Gamma
 from gammac.passes.sensitivity.random_feasible import RandomFeasible
 from gammac.passes.sensitivity.scores import candidate
@@ -30,10 +30,10 @@ from gammac.pipeline import Context, Pipeline, options_text
 from gammac.targets import cost
 from gammac.targets.target import load_target
 from gammac.texts import Calibration
-from gammac.trials import run_trials
+from gammac.trials import Trial, run_trials
 from gammac.weights import WeightStore
 
-WINDOWS: Final = 6  # as many as refine reads
+WINDOWS: Final = 12  # as many as refine reads
 BUDGETS: Final = ["2.5", "3", "4", "3.3bpw", "90KB", "130us/token", "3+3.7bpw+90KB+130us/token"]
 
 
@@ -167,7 +167,7 @@ def test_budgets_and_ties_are_kept_and_the_kl_never_rises(
     allocated = Allocate(budget=budget, tie=tie).run(scored[strategy], ctx)
     refined = Pipeline((Refine(budget=budget, tie=tie),)).run(allocated, ctx)
     found, before, after = refinement(refined), formats(allocated), formats(refined)
-    trials = run_trials(module, ctx.store, tokens_of(ctx), [before, after])
+    trials = run_trials(module, ctx.store, split(tokens_of(ctx))[1], [before, after])
     assert found["kl_before"] == pytest.approx(trials[0].kl, rel=1e-5)
     assert found["kl_after"] == pytest.approx(trials[1].kl, rel=1e-5)
     assert found["kl_after"] <= found["kl_before"]
@@ -271,9 +271,35 @@ def test_windows_are_those_of_the_calibration(
     assert ctx.calibration is not None
     allocated = Allocate(budget="3").run(scored["random"], ctx)
     found = refinement(Refine(budget="3", windows=2).run(allocated, ctx))
-    few = ctx.calibration.spread(2).tokens
-    (trial,) = run_trials(module, ctx.store, few, [formats(allocated)])
-    assert len(few) == 2 and found["kl_before"] == pytest.approx(trial.kl, rel=1e-5)
+    few = ctx.calibration.spread(4).tokens
+    (trial,) = run_trials(module, ctx.store, split(few)[1], [formats(allocated)])
+    assert len(few) == 4 and found["kl_before"] == pytest.approx(trial.kl, rel=1e-5)
+
+
+@pytest.mark.parametrize(("windows", "learnt", "judging"), [(12, 6, 6), (5, 3, 2), (2, 1, 1), (1, 1, 1)])
+def test_proposals_are_judged_on_other_windows(windows: int, learnt: int, judging: int) -> None:
+    tokens = torch.arange(windows)[:, None]
+    parts = split(tokens)
+    assert [len(part) for part in parts] == [learnt, judging]
+    assert windows == 1 or sorted(torch.cat(parts).flatten().tolist()) == list(range(windows))
+
+
+def test_what_only_the_gradients_windows_gain_from_is_not_kept(
+    prepared: tuple[Module, Context], scored: dict[str, Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Proposals that are worse where they are judged leave the allocation as it is, after one round."""
+    _, ctx = prepared
+    allocated = Allocate(budget="2.5").run(scored["random"], ctx)
+    tried: list[int] = []
+
+    def worse(*args: Any) -> list[Trial]:
+        tried.append(len(args[3]))
+        return [Trial(kl=1.0 + i, nll=1.0, top1=0.5) for i in range(len(args[3]))]
+
+    monkeypatch.setattr("gammac.passes.refine.run_trials", worse)
+    refined = Refine(budget="2.5", rounds=5).run(allocated, ctx)
+    assert refinement(refined) == {"kl_before": 1, "kl_after": 1, "changed": 0}
+    assert formats(refined) == formats(allocated) and len(tried) == 1 and tried[0] > 1
 
 
 # ---- mistakes -----------------------------------------------------------------------------------
