@@ -276,6 +276,12 @@ def test_dry_run_tells_and_does_nothing(gammac: Run, tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+def test_only_a_dry_run_needs_no_folder(gammac: Run) -> None:
+    assert "compile memory" in gammac("compile", "tiny", "--budget", 3, "--dry-run").stdout
+    refused = gammac("compile", "tiny", "--budget", 3)
+    assert refused.exit_code == 2 and "Missing option '-o' / '--out'" in refused.output
+
+
 def test_lists(gammac: Run) -> None:
     assert "smollm2-135m" in gammac("zoo", "list").stdout
     assert gammac("zoo", "fetch", "tiny").stdout.strip().endswith("tiny")

@@ -44,7 +44,9 @@ WHAT_CODES_ARE: Final = ("formats", "quantizer", "activations", "sparsity")
     multiple=True,
     help="3 (payload bits; the default), 3bpw (true bits), 80MB, 12ms/token; several hold together.",
 )
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The artifact's folder.")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), help="The artifact's folder; only --dry-run needs none."
+)
 @click.option(
     "--recipe",
     type=click.Choice(["fast", "balanced", "best"]),
@@ -129,7 +131,10 @@ def compile_command(**options: Any) -> None:
     from gammac.driver import compile_model, make_plan
     from gammac.runtime.staging import check_writable
 
-    check_writable(options["out"], not options["keep_existing"])
+    if options["out"]:
+        check_writable(options["out"], not options["keep_existing"])
+    elif not options["dry_run"]:
+        raise click.MissingParameter(param=next(p for p in compile_command.params if p.name == "out"))
     _follow_recipe(options)
     chosen = {name: options[name] for name in CHOSEN}
     budget = "+".join((*options["budgets"], *limits_of(options))) or _default_budget(options)
