@@ -56,19 +56,26 @@ class PassCache:
 
     def record(self, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """A JSON record by key, computed when it is missing."""
-        if self.folder is None:
-            return compute()
-        path = self._path("records", key, "json")
-        try:
-            found: dict[str, Any] = json.loads(path.read_text())
-        except (OSError, ValueError):
+        found = self._read_record(key)
+        if found is None:
             found = compute()
-            write_atomically(path, json.dumps(found).encode())
+            if self.folder is not None:
+                write_atomically(self._path("records", key, "json"), json.dumps(found).encode())
         return found
 
     def has_record(self, key: str) -> bool:
         """Whether `record` would find what it needs."""
-        return self.folder is not None and self._path("records", key, "json").exists()
+        return self._read_record(key) is not None
+
+    def _read_record(self, key: str) -> dict[str, Any] | None:
+        """None for one that is missing or damaged."""
+        if self.folder is None:
+            return None
+        try:
+            found = json.loads(self._path("records", key, "json").read_text())
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
 
     def _path(self, kind: str, key: str, suffix: str) -> Path:
         assert self.folder is not None

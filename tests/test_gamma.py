@@ -431,6 +431,31 @@ def test_a_killed_run_goes_on_where_it_stopped(
     assert len(set(computed)) == 2 * len(first), "another seed's are others"
 
 
+def test_what_the_teacher_says_serves_every_target(
+    small: tuple[Module, Context], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Curvatures are worked out once, and again where their record is damaged."""
+    module, ctx = small
+    cached = dataclasses.replace(ctx, cache=PassCache(tmp_path))
+    worked_out: list[bool] = []
+
+    class Counted(Teacher):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            worked_out.append(bool(self.curvatures))
+
+    monkeypatch.setattr("gammac.passes.sensitivity.gamma.Teacher", Counted)
+    options = {**QUICK, "draws": 0, "curvature": 0.5}
+    wanted = [to_text(Gamma(**options, target=t).run(module, ctx)) for t in (2.5, 3.0)]
+    assert worked_out == [True, True]
+    found = [to_text(Gamma(**options, target=t).run(module, cached)) for t in (2.5, 3.0)]
+    assert found == wanted and worked_out[2:] == [True, False]
+    for record in tmp_path.rglob("*.json"):
+        record.write_text("{")
+    assert to_text(Gamma(**options, target=3.0).run(module, cached)) == wanted[1]
+    assert worked_out[4:] == [True]
+
+
 def untied(module: Module) -> Module:
     """The module with a copy of the embedding for its head."""
     table, function = module.weights["embed.weight"], module.functions["forward"]

@@ -126,11 +126,16 @@ class Gamma:
     def run(self, module: Module, ctx: Context) -> Module:
         """Each finished sweep is remembered. Raises CompileError without calibration text or a next token."""
         tokens = scoring_tokens(self.name, self.windows, module, ctx)
+        text, inputs = to_text(module), ctx.fingerprint(self.reads)
+        # what the teacher alone says serves every way of learning from it
+        of_teacher = key_of(text, f"gamma {self.windows}", inputs)
+        curvatures = key_of(of_teacher, "curvatures")
+        asked = self.curvature > 0 and not ctx.cache.has_record(curvatures)
         # called in only where something is still to be learnt
-        teacher = cache(lambda: Teacher(module, tokens, ctx, self.curvature > 0))
+        teacher = cache(lambda: Teacher(module, tokens, ctx, asked))
         learner = Learner(self, module, teacher, _preferences(self, module), ctx)
         learning = replace(self, draws=0, curvature=0.0)  # what the sweeps depend on
-        key = key_of(to_text(module), full_options_text(learning), ctx.fingerprint(self.reads))
+        key = key_of(text, full_options_text(learning), inputs)
         # where every weight has one format there is nothing to learn
         for sweep in range(self.sweeps if learner.preferences.bits else 0):
 
@@ -141,12 +146,12 @@ class Gamma:
             learner.preferences.restore(ctx.cache.record(key_of(key, str(sweep)), learn))
         losses = learner.losses()
         if self.curvature and losses:
-            known = ctx.cache.record(key_of(key, "curvatures"), lambda: teacher().curvatures)
+            known = ctx.cache.record(curvatures, lambda: teacher().curvatures)
             losses = _mixed(losses, known, self.curvature)
         alone = among = losses
         if self.draws and alone:
             among = with_interactions(alone, module, learner.preferences, self.draws, self.cold, key, ctx)
-        tables = ctx.cache.record(key_of(key, "tables"), lambda: _measured(module, teacher(), ctx))
+        tables = ctx.cache.record(key_of(of_teacher, "tables"), lambda: _measured(module, teacher(), ctx))
         scores = {**tables, **among}
         found = learner.preferences
         scored = module.with_weights(
