@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Final
 
+import torch
 from torch import Tensor
 
 from gammac.diagnostics import CompileError
@@ -34,6 +35,7 @@ from gammac.pipeline import Context, Invariant
 from gammac.trials import run_trials
 
 TRIES: Final = 4  # proposals from one gradient
+TRUST: Final = 0.5  # in slopes that follow from the scores, beside those that a few windows show
 SWAP: Final = 2  # decisions: with a single one nothing gets wider where a budget is used up
 
 
@@ -113,19 +115,56 @@ def _predicted(module: Module, formats: Formats, kl: float, slopes: Slopes) -> S
     so it is the sum of both losses, in units such that the losses of the allocation sum up to its KL. What
     the others do to a weight is in the slope already: where scores have it in them, `losses_alone` is taken.
     """
-    scores = {name: _losses(module, name) for name in formats}
-    unit = kl / max(math.fsum(scores[name][format_] for name, format_ in formats.items()), 1e-30)
+    alone = {name: _attribute(module, name, "losses_alone") for name in formats}
+    unit = kl / max(math.fsum(alone[name][format_] for name, format_ in formats.items()), 1e-30)
+    expected = _expected(module, formats, alone, slopes)
     found: Slopes = {}
     for name, now in formats.items():
-        own = scores[name]
-        slope = slopes.get(name, dict.fromkeys(own, 0.0))
-        found[name] = {b: 0.0 if b == now else slope[b] + unit * (own[b] + own[now]) for b in own}
+        own, slope, prior = alone[name], slopes.get(name, {}), expected.get(name, {})
+        found[name] = dict.fromkeys(own, 0.0)
+        for b in own.keys() - {now}:
+            measured = slope.get(b, 0.0)
+            towards = (1 - TRUST) * measured + TRUST * prior.get(b, measured)
+            found[name][b] = towards + unit * (own[b] + own[now])
     return found
 
 
-def _losses(module: Module, name: str) -> dict[str, float]:
+def _expected(
+    module: Module, formats: Formats, alone: Mapping[str, Mapping[str, float]], slopes: Slopes
+) -> Slopes:
+    """The slopes that the scores let expect, scaled to those that were measured (least squares).
+
+    A step away from a format takes its own loss back twice, and changes what the others add to it: both
+    are known from more text than the slopes are measured on. Empty for scores without `losses_alone`.
+    """
+    steps = [
+        (name, b)
+        for name, now in formats.items()
+        if name in slopes and "losses_alone" in module.weights[name].attrs
+        for b in alone[name].keys() - {now}
+    ]
+    if not steps:
+        return {}
+    among = {name: _attribute(module, name, "scores") for name, _ in steps}
+
+    def added(name: str, format_: str) -> float:
+        return among[name][format_] - alone[name][format_]
+
+    steps.sort()
+    rows = [(alone[n][formats[n]], added(n, b) - added(n, formats[n])) for n, b in steps]
+    known = torch.tensor(rows, dtype=torch.float64)
+    measured = torch.tensor([slopes[n][b] for n, b in steps], dtype=torch.float64)
+    fitted = known @ torch.linalg.lstsq(known, measured[:, None], driver="gelsd").solution
+    found: Slopes = {}
+    for (name, b), slope in zip(steps, fitted.flatten().tolist(), strict=True):
+        found.setdefault(name, {})[b] = slope
+    return found
+
+
+def _attribute(module: Module, name: str, attribute: str) -> dict[str, float]:
+    """Format name → number; the scores where the attribute is not there."""
     attrs = module.weights[name].attrs
-    found = attrs.get("losses_alone", attrs["scores"])
+    found = attrs.get(attribute, attrs["scores"])
     assert isinstance(found, Mapping)
     return {str(format_): float(str(loss)) for format_, loss in found.items()}
 

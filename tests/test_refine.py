@@ -154,6 +154,43 @@ def test_what_a_step_adds_is_what_weights_lose_alone(scored: dict[str, Module]) 
     assert _predicted(module, now, 2.0, slopes) != found
 
 
+def test_slopes_are_half_what_the_scores_let_expect(scored: dict[str, Module]) -> None:
+    """Slopes that follow from the scores are believed; what a few windows add to them, half."""
+    module = scored["fisher"]
+    generator = torch.Generator().manual_seed(0)
+    now = {n: next(iter(candidates_of(w))) for n, w in module.weights.items() if "scores" in w.attrs}
+    own, others = (
+        {
+            n: {f: float(torch.rand(1, generator=generator)) for f in candidates_of(module.weights[n])}
+            for n in now
+        }
+        for _ in range(2)
+    )
+    known = module.with_weights(
+        *(
+            module.weights[n].with_attrs(
+                losses_alone=own[n], scores={f: own[n][f] + others[n][f] for f in own[n]}
+            )
+            for n in now
+        )
+    )
+    slopes = {
+        n: {f: 3 * (others[n][f] - others[n][a]) - 2 * own[n][a] * (f != a) for f in own[n]}
+        for n, a in now.items()
+    }
+    unit = 2.0 / sum(own[n][a] for n, a in now.items())
+    # not among the slopes that follow: a weight whose two steps differ only by noise, of opposite signs
+    name = next(n for n in now if len(own[n]) == 4)
+    noisy = {**slopes, name: {**slopes[name], "w3g32": slopes[name]["w3g32"] + 0.1}}
+    exact, found = (_predicted(known, now, 2.0, s) for s in (slopes, noisy))
+    for n, changes in exact.items():
+        for f, change in changes.items():
+            step = unit * (own[n][f] + own[n][now[n]])
+            assert change == pytest.approx(slopes[n][f] + step if f != now[n] else 0.0, abs=1e-9)
+    change = found[name]["w3g32"] - exact[name]["w3g32"]
+    assert 0.05 < change < 0.06, "half of what was added, and a little by the fit"
+
+
 # ---- what it keeps ------------------------------------------------------------------------------
 
 
