@@ -1,7 +1,7 @@
 """How well do scores predict? What they say of the allocations of sweeps, beside the KL that was measured.
 
 python benchmarks/predicted_kl.py smollm2-135m out/*/sweep.json --calibration VALID \
-    [--strategies fisher,greedy_kl,gamma]
+    [--strategies "fisher,greedy_kl,gamma{curvature=0}"]
 
 The sweeps must be of these formats: w2g64, w3g64, w4g64. For each strategy: the KL over the sum of the
 scores of an allocation's formats, its mean and how far it spreads (standard deviation of the logarithm),
@@ -21,9 +21,10 @@ from typing import Any
 import click
 import numpy as np
 from scipy.stats import spearmanr
-from scoring import Scoring
+from scoring import BLOCK_FORMATS, TABLE_FORMATS, Scoring
 
 from gammac.cli.console import OUT
+from gammac.cli.sweep import parts
 from gammac.ir import Module
 
 # weight name → format name → score; of the linears of the blocks
@@ -42,15 +43,21 @@ def main(
     model: str, sweeps: Sequence[Path], calibration: Path, strategies: str, device: str, cache: Path | None
 ) -> None:
     """Score by each strategy, which the cache may know, and compare."""
+    rows = [row for path in sweeps for row in json.loads(path.read_text())["rows"]]
+    chosen = {f for row in rows for f in row["assignment"].values()}
+    foreign = chosen - {*BLOCK_FORMATS.split("+"), *TABLE_FORMATS.split("+")}
+    if foreign:
+        raise click.UsageError(
+            f"sweeps of {', '.join(sorted(foreign))}: only {BLOCK_FORMATS} are scored here"
+        )
     bench = Scoring(model, device, calibration, cache)
     scores: dict[str, Scores] = {}
-    for strategy in strategies.split(","):
+    for strategy in parts(strategies):
         scored = bench.score(strategy)
         alone = _scores(scored, "losses_alone")
         if alone:
             scores[f"{strategy}, alone"] = alone
         scores[strategy] = _scores(scored, "scores")
-    rows = [row for path in sweeps for row in json.loads(path.read_text())["rows"]]
     OUT.print(f"{len(rows)} allocations\n\n| scores | KL ÷ sum | spread | rank within a budget |")
     OUT.print("|---|---|---|---|")
     for name, found in scores.items():

@@ -15,7 +15,7 @@ import torch
 from gammac.budget import LOSS
 from gammac.calibration import BATCH_WINDOWS
 from gammac.diagnostics import CompileError
-from gammac.driver import Plan, calibration_of, context_of, extra_bytes
+from gammac.driver import Plan, Request, calibration_of, context_of, extra_bytes
 from gammac.ir import Module, Weight
 from gammac.passes import (
     default_pipeline,
@@ -84,7 +84,7 @@ def estimate(plan: Plan) -> Estimate:
     return Estimate(
         cost,
         compile_seconds(plan, module, tokens),
-        _peak_bytes(module, tokens, plan.request.calibration_length),
+        _peak_bytes(plan.request, module, tokens),
         tokens,
         module,
     )
@@ -204,9 +204,15 @@ def flops() -> float:
     return 2 * 2048 * 576 * 1536 / best
 
 
-def _peak_bytes(module: Module, tokens: int, length: int) -> int:
-    """torch itself, the largest weight with its candidates, and a batch of activations."""
+def _peak_bytes(request: Request, module: Module, tokens: int) -> int:
+    """torch itself, the largest weight with its candidates, and a batch of activations or logits.
+
+    A gradient of the divergence between two models holds both models' logits and their gradients.
+    """
     largest = max((w.type.numel() for w in _choosable(module)), default=0)
     widest = max((int(str(w.type.shape[0])) for w in _choosable(module)), default=0)
-    batch = min(tokens, BATCH_WINDOWS * length)
-    return 700_000_000 + 4 * largest * 8 + 4 * batch * widest * 3
+    batch = min(tokens, BATCH_WINDOWS * request.calibration_length)
+    strategy = strategy_of(request.choices)
+    draws = isinstance(strategy, Gamma) and strategy.draws > 0
+    copies = 6 if draws or refine_of(request.choices) or request.choices.distill else 3
+    return 700_000_000 + 4 * largest * 8 + 4 * batch * widest * copies

@@ -56,7 +56,7 @@ class Refine:
         weights_have_formats,
     )
     ensures: ClassVar[tuple[Invariant, ...]] = (weights_have_formats,)
-    rounds: int = 3
+    rounds: int = 2
     windows: int = 6
     share: float = 0.1
     budget: str = ""

@@ -55,8 +55,8 @@ def sweep_command(**options: Any) -> None:
     from gammac.sweep import SweepRequest, run_sweep
 
     sweep_report.check_folder(options["out"])
-    budgets, strategies = _parts(options["budgets"]), _parts(options["strategies"])
-    seeds = tuple(_seed(part) for part in _parts(options["seeds"]))
+    budgets, strategies = parts(options["budgets"]), parts(options["strategies"])
+    seeds = tuple(_seed(part) for part in parts(options["seeds"]))
     if options["pareto"]:
         budgets = _front(options, strategies[0], seeds[0])
     request = request_of(options, budgets[0], seeds[0], strategy=strategies[0])
@@ -78,7 +78,7 @@ def _front(options: dict[str, Any], strategy: str, seed: int) -> tuple[str, ...]
     return front(make_plan(request, options["cache"], artifact=False), kind, options["points"])
 
 
-def _parts(text: str) -> tuple[str, ...]:
+def parts(text: str) -> tuple[str, ...]:
     """Parts between commas, each once; a comma in braces parts a strategy's options. Raises CompileError."""
     parts = tuple(dict.fromkeys(p.strip() for p in re.split(r",(?![^{]*})", text) if p.strip()))
     if not parts:

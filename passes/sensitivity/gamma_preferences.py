@@ -88,6 +88,7 @@ class Preferences:
     penalty: float = 0.0
     price: float = 0.0
     violation: float = math.inf
+    known: dict[str, Tensor] = field(default_factory=dict)  # losses since the last sample
 
     def __post_init__(self) -> None:
         self.lines = {name: Lines.none(len(bits)) for name, bits in self.bits.items()}
@@ -96,7 +97,7 @@ class Preferences:
         """θ of a module, [formats]."""
         price = self.price if price is None else price
         cost = price * self.shares[name] * torch.tensor(self.bits[name], dtype=torch.float64)
-        return -(self.lines[name].losses() + cost) / self.unit
+        return -(Preferences.losses(self, name) + cost) / self.unit
 
     def sample(self, name: str, temperature: float, generator: torch.Generator, hard: bool) -> Tensor:
         """A mixture p of a module's formats, [formats]; `hard`: one of them, each as often as π says."""
@@ -105,10 +106,13 @@ class Preferences:
     def learn(self, name: str, p: Tensor, slope: Tensor) -> None:
         """One sample p of a module, [formats], and the slope of the loss towards each of its formats."""
         self.lines[name].add(p.detach(), slope, self.memory)
+        self.known.pop(name, None)
 
     def losses(self, name: str) -> Tensor:
         """What was learnt of a module, [formats]; nats a token where the slopes were."""
-        return self.lines[name].losses()
+        if name not in self.known:
+            self.known[name] = self.lines[name].losses()
+        return self.known[name]
 
     def excess(self, temperature: float, price: float | None = None) -> float:
         """h: the expected average bits, less the target."""
@@ -164,6 +168,7 @@ class Preferences:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state`."""
+        self.known.clear()
         for name, rows in state["lines"].items():
             self.lines[name] = Lines(*(torch.tensor(row, dtype=torch.float64) for row in rows))
         for name in ("unit", "multiplier", "penalty", "price", "violation"):
