@@ -21,7 +21,7 @@ from typing import Any
 import click
 import numpy as np
 from scipy.stats import spearmanr
-from scoring import BLOCK_FORMATS, TABLE_FORMATS, Scoring
+from scoring import BLOCK_FORMATS, Scoring
 
 from gammac.cli.console import OUT
 from gammac.cli.sweep import parts
@@ -43,10 +43,10 @@ def main(
     model: str, sweeps: Sequence[Path], calibration: Path, strategies: str, device: str, cache: Path | None
 ) -> None:
     """Score by each strategy, which the cache may know, and compare."""
-    rows = [row for path in sweeps for row in json.loads(path.read_text())["rows"]]
-    chosen = {f for row in rows for f in row["assignment"].values()}
-    foreign = chosen - {*BLOCK_FORMATS.split("+"), *TABLE_FORMATS.split("+")}
-    if foreign:
+    found = [json.loads(path.read_text()) for path in sweeps]
+    rows = [row for sweep in found for row in sweep["rows"]]
+    offered = {f for sweep in found for f in sweep["options"]["block"].split("+")}
+    if foreign := offered - {*BLOCK_FORMATS.split("+")}:
         raise click.UsageError(
             f"sweeps of {', '.join(sorted(foreign))}: only {BLOCK_FORMATS} are scored here"
         )

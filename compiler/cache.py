@@ -6,7 +6,7 @@ the layers that it had finished. Entries are plain text and JSON; deleting the f
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from gammac import __version__
 from gammac.diagnostics import CompileError
 from gammac.files import write_atomically
 from gammac.ir import Module, parse, to_text
+from gammac.weights import DIGEST, WeightStore
 
 if TYPE_CHECKING:
     from gammac.pipeline import Context, Pass
@@ -22,6 +23,15 @@ if TYPE_CHECKING:
 def key_of(*parts: str) -> str:
     """A digest of some texts and of gammac's version."""
     return hashlib.sha256("\0".join([__version__, *parts]).encode()).hexdigest()
+
+
+def _digests_in(found: object) -> Iterator[str]:
+    """Everything in the store that attributes or a record point at."""
+    if isinstance(found, Mapping):
+        for value in found.values():
+            yield from _digests_in(value)
+    elif isinstance(found, str) and found.startswith(DIGEST):
+        yield found
 
 
 class PassCache:
@@ -52,12 +62,15 @@ class PassCache:
             module = parse(path.read_text(), str(path))
         except (CompileError, UnicodeDecodeError):  # a damaged entry costs time, never a wrong result
             return None
-        return module if all(w.digest in ctx.store for w in module.weights.values()) else None
+        attrs = ((w.digest, w.attrs) for w in module.weights.values())
+        return module if all(d in ctx.store for own, a in attrs for d in (own, *_digests_in(a))) else None
 
-    def record(self, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """A JSON record by key, computed when it is missing."""
+    def record(
+        self, key: str, compute: Callable[[], dict[str, Any]], store: WeightStore | None = None
+    ) -> dict[str, Any]:
+        """A JSON record by key, computed when it is missing, or when `store` lacks what it points at."""
         found = self._read_record(key)
-        if found is None:
+        if found is None or (store is not None and any(d not in store for d in _digests_in(found))):
             found = compute()
             if self.folder is not None:
                 write_atomically(self._path("records", key, "json"), json.dumps(found).encode())

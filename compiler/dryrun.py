@@ -62,15 +62,20 @@ class Estimate:
     module: Module
 
 
+class NoEstimate(CompileError):
+    """What is asked for can be compiled, and not told beforehand."""
+
+
 def estimate(plan: Plan) -> Estimate:
-    """Raises CompileError for a budget that can't be met, as the compile would, and for a trained folder."""
+    """Raises CompileError for a budget that can't be met, as the compile would; NoEstimate for a trained
+    folder and for a limit of the loss."""
     if plan.request.choices.trained:
-        raise CompileError(
+        raise NoEstimate(
             f"{plan.source.name} was trained in its formats: there is nothing to estimate",
             hint="compile it: that takes seconds; training.json says its bits",
         )
     if any(budget.kind == LOSS for budget in plan.budgets):
-        raise CompileError(
+        raise NoEstimate(
             "a limit of the predicted loss takes scores, and a dry run makes none",
             hint="leave it out, or compile: another limit starts at the allocation",
         )
@@ -137,9 +142,10 @@ def compile_seconds(plan: Plan, module: Module, tokens: int) -> float:
     windows, products = scoring_work(strategy_of(plan.request.choices), len(weights), formats)
     gemm += 2 * min(tokens, windows * plan.request.calibration_length) * every * products
     for refine in refine_of(plan.request.choices):
-        # a round: forward, forward again, backward; its proposals beside full precision
+        # a round: forward, forward again, backward; its proposals beside full precision, on other windows
         products = 2 + (5 + TRIES) * refine.rounds
-        gemm += 2 * refine.windows * plan.request.calibration_length * every * products
+        read = refine.windows * plan.request.calibration_length
+        gemm += 2 * min(tokens // 2, read) * every * products
     for learn in learn_rounding_of(plan.request.choices):
         gemm += 2 * block * (3 * learn.steps * learn.batch * plan.request.calibration_length + 4 * tokens)
     for sparsify in sparsify_of(plan.request.choices):

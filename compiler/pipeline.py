@@ -107,16 +107,6 @@ def _check(pass_: Pass, clause: str, invariants: Sequence[Invariant], module: Mo
         raise CompileError.from_diagnostics(f"{pass_.name}: what it {clause} does not hold", found)
 
 
-def options_text(pass_: Pass) -> str:
-    """`name{option=value,…}`: the spelling that `gammac opt -p` reads; defaults are left out."""
-    shown = [
-        f"{f.name}={getattr(pass_, f.name)}"
-        for f in dataclasses.fields(pass_)  # type: ignore[arg-type]
-        if getattr(pass_, f.name) != f.default
-    ]
-    return pass_.name + ("{" + ",".join(shown) + "}" if shown else "")
-
-
 def full_options_text(pass_: Pass) -> str:
     """All options with their values: what a cached result depends on."""
     fields: Any = dataclasses.fields(pass_)  # type: ignore[arg-type]

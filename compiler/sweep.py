@@ -116,11 +116,10 @@ def run_sweep(wish: SweepRequest, cache: Path | None = None, progress: Progress 
     ctx = context_of(plan, progress)
     text, tokens = _tokens(wish, plan, ctx)
     _refuse_what_can_t_be_met(plan, ctx, granted)
-    module, allocated = _allocate_all(wish, plan, ctx, granted)
-    untouched = _Allocated({}, module_cost(module, plan.target))
-    every = [untouched, *allocated]
-    trials = try_all(module, ctx, tokens, [found.assignment for found in every])
-    full, *rows = (_row(found, trial) for found, trial in zip(every, trials, strict=True))
+    allocated = _allocate_all(wish, plan, ctx, granted)
+    module = allocated[0].module
+    every = [_Allocated(module, {}, module_cost(module, plan.target)), *allocated]
+    full, *rows = map(_row, every, _try_each(every, ctx, tokens))
     return Sweep(
         model=plan.source.name,
         target=plan.target.name,
@@ -180,6 +179,7 @@ def _options(wish: SweepRequest, ctx: Context) -> dict[str, Any]:
 class _Allocated:
     """A row before it is tried."""
 
+    module: Module  # scored; where linears are turned at random, the seed decides its candidates
     assignment: Assignment
     cost: Cost
     strategy: str = FULL
@@ -222,22 +222,22 @@ def _reads(what: str, passes: Sequence[Pass]) -> bool:
 
 def _allocate_all(
     wish: SweepRequest, plan: Plan, ctx: Context, granted: Sequence[Sequence[Budget]]
-) -> tuple[Module, list[_Allocated]]:
-    """A module with candidates, the same for all, and an allocation for each strategy, seed and budget."""
-    module, found = plan.module, []
+) -> list[_Allocated]:
+    """An allocation for each strategy, seed and budget."""
+    found = []
     for strategy in wish.strategies:
         score, choose = _passes(plan, strategy, ())
         random = _reads("seed", (*score, *choose))
         for seed in wish.seeds if random else wish.seeds[:1]:
-            module, rows = _allocate(plan, replace(ctx, seed=seed), strategy, granted)
+            rows = _allocate(plan, replace(ctx, seed=seed), strategy, granted)
             found += [replace(row, seed=seed if random else None) for row in rows]
-    return module, found
+    return found
 
 
 def _allocate(
     plan: Plan, ctx: Context, strategy: str, granted: Sequence[Sequence[Budget]]
-) -> tuple[Module, list[_Allocated]]:
-    """The scored module, and an allocation for each budget; scored again only if scores read the budget."""
+) -> list[_Allocated]:
+    """An allocation for each budget; scored again only if scores read the budget."""
     scored, before = plan.module, list[float | None]()
     found: list[_Allocated] = []
     for budgets in granted:
@@ -250,6 +250,7 @@ def _allocate(
         scoring = [before[i] for i, p in enumerate(score) if isinstance(p, tuple(STRATEGIES.values()))]
         found.append(
             _Allocated(
+                scored,
                 {n: str(w.attrs["format"]) for n, w in chosen.weights.items() if "format" in w.attrs},
                 module_cost(chosen, plan.target),
                 strategy,
@@ -257,7 +258,7 @@ def _allocate(
                 seconds=Seconds(sum_of(prepared), sum_of(scoring), sum_of(behind)),
             )
         )
-    return scored, found
+    return found
 
 
 def _timed(passes: Sequence[Pass], module: Module, ctx: Context) -> tuple[Module, list[float | None]]:
@@ -282,6 +283,24 @@ def sum_of(seconds: Sequence[float | None]) -> float | None:
 
 
 # ---- trials -------------------------------------------------------------------------------------
+
+
+def _try_each(every: Sequence[_Allocated], ctx: Context, tokens: Tensor) -> list[Trial]:
+    """A trial for each; those whose models differ only in formats run together."""
+    alike: dict[str, list[int]] = {}
+    for index, found in enumerate(every):
+        alike.setdefault(_stored(found.module), []).append(index)
+    trials: dict[int, Trial] = {}
+    for indices in alike.values():
+        assignments = [every[i].assignment for i in indices]
+        trials |= zip(indices, try_all(every[indices[0]].module, ctx, tokens, assignments), strict=True)
+    return [trials[i] for i in range(len(every))]
+
+
+def _stored(module: Module) -> str:
+    """What is run, and what may stand in for its weights."""
+    candidates = ((name, sorted(candidates_of(w).items())) for name, w in module.weights.items())
+    return f"{_program(module)}\n{[*candidates]}"
 
 
 def try_all(module: Module, ctx: Context, tokens: Tensor, assignments: Sequence[Assignment]) -> list[Trial]:

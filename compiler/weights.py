@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +20,7 @@ from gammac.diagnostics import CompileError
 from gammac.files import write_atomically
 
 Arrays = Mapping[str, Tensor]
+DIGEST: Final = "sha256:"  # what every digest starts with
 
 
 def digest_of(arrays: Arrays) -> str:
@@ -29,7 +31,7 @@ def digest_of(arrays: Arrays) -> str:
         sha.update(f"{name}:{array.dtype}:{list(array.shape)};".encode())
         if array.numel():
             sha.update(array.reshape(-1).view(torch.uint8).numpy().data)
-    return f"sha256:{sha.hexdigest()}"
+    return DIGEST + sha.hexdigest()
 
 
 class WeightStore:
@@ -75,6 +77,8 @@ class WeightStore:
                 return load_file(self._object_path(digest))
             return {"data": self._read_source(digest)}
         except (SafetensorError, OSError) as error:
+            if self.folder is not None and isinstance(error, SafetensorError):
+                self._object_path(digest).unlink(missing_ok=True)  # so that it is written again
             raise CompileError(
                 f"the bytes of {digest[:19]}… can't be read: {error}",
                 hint="the cache or the model's files have changed; run the compile again",
@@ -101,10 +105,10 @@ class WeightStore:
 
     def _object_path(self, digest: str) -> Path:
         assert self.folder is not None
-        name = digest.removeprefix("sha256:")
+        name = digest.removeprefix(DIGEST)
         return self.folder / "objects" / name[:2] / f"{name}.safetensors"
 
     def _pointer_path(self, digest: str) -> Path:
         assert self.folder is not None
-        name = digest.removeprefix("sha256:")
+        name = digest.removeprefix(DIGEST)
         return self.folder / "sources" / name[:2] / f"{name}.json"

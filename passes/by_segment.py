@@ -55,31 +55,29 @@ def collect_by_segment(
 def _collect(
     module: Module, ctx: Context, stream: Stream, key: str, title: str, collector: Callable[[], Collector]
 ) -> dict[str, Any]:
-    _restore(module, ctx, stream, key)
     found: dict[str, Any] = {}
     for index in ctx.progress(range(len(stream.segments)), title):
 
         def compute(index: int = index) -> dict[str, Any]:
             watching = collector()
+            _restore(module, ctx, stream, index)
             # the state that this segment read stays until the next one is through: a killed run needs it
             run_segment(module, stream, ctx.store, watching.visit, index, forget=False)
             if index:
                 stream.forget(index - 1)
             return watching.results(ctx)
 
-        found.update(ctx.cache.record(key_of(key, str(index)), compute))
+        found.update(ctx.cache.record(key_of(key, str(index)), compute, ctx.store))
     return found
 
 
-def _restore(module: Module, ctx: Context, stream: Stream, key: str) -> None:
-    """Have ready what the first unfinished segment reads: as a killed run left it, or made again."""
-    keys = [key_of(key, str(index)) for index in range(len(stream.segments))]
-    unfinished = next((i for i, k in enumerate(keys) if not ctx.cache.has_record(k)), None)
-    if unfinished is None or stream.has(unfinished):
+def _restore(module: Module, ctx: Context, stream: Stream, index: int) -> None:
+    """Have ready what a segment reads: as the one before or a killed run left it, or made again."""
+    if stream.has(index):
         return
     stream.start()
-    for index in range(unfinished):
-        run_segment(module, stream, ctx.store, lambda *_: None, index)
+    for earlier in range(index):
+        run_segment(module, stream, ctx.store, lambda *_: None, earlier)
 
 
 @contextmanager

@@ -67,7 +67,7 @@ class Candidates:
             def compute(stack: list[Weight] = stack, formats: tuple[Format, ...] = formats) -> dict[str, Any]:
                 return quantize_stack(stack, formats, quantizer, ctx)
 
-            found.update(ctx.cache.record(key, compute))
+            found.update(ctx.cache.record(key, compute, ctx.store))
         return module.with_weights(
             *(
                 module.weights[n].with_attrs(candidates=r["candidates"], errors=r["errors"])

@@ -184,6 +184,9 @@ def check_choices(choices: Choices) -> None:
         raise CompileError(
             f"embedding and head stay dense: not {', '.join(tables)}", hint="--table-formats w8g64"
         )
+    widths, strategy = {f.bits for f in parse_formats(choices.block)}, strategy_of(choices)
+    if isinstance(strategy, Gamma) and len(widths) > 1:
+        strategy.check_target(min(widths), max(widths))
     _check_kinds(choices)
 
 

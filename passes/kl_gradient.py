@@ -41,12 +41,12 @@ class KlGradient:
         """Into how many batches the tokens are split."""
         return len(self.reference.batches)
 
-    def measure(self, formats: Formats, title: str, below: float = math.inf) -> tuple[float, Slopes]:
-        """The KL of an allocation, in nats a predicted position, and slopes where it is `below` that.
+    def measure(self, formats: Formats, title: str) -> tuple[float, Slopes]:
+        """The KL of an allocation, in nats a predicted position, and slopes.
 
         The slope of a weight's candidate b is ⟨∂KL/∂W, W_b − W⟩ at the allocated W.
         """
-        found = self.measure_each([formats] * self.batches, title, below)
+        found = self.measure_each([formats] * self.batches, title)
         counts = [batch[:, 1:].numel() for batch in self.reference.batches]
         shares = [count / sum(counts) for count in counts]
         kl = math.fsum(share * kl for share, (kl, _) in zip(shares, found, strict=True))
@@ -58,17 +58,13 @@ class KlGradient:
             }
         return kl, slopes
 
-    def measure_each(
-        self, allocations: Sequence[Formats], title: str, below: float = math.inf
-    ) -> list[tuple[float, Slopes]]:
-        """The same for an allocation of each batch's own; slopes where their mean KL is `below` that."""
+    def measure_each(self, allocations: Sequence[Formats], title: str) -> list[tuple[float, Slopes]]:
+        """The same for an allocation of each batch's own."""
         run = _Run(self, allocations)
         for index in self.ctx.progress(range(len(run.stream.segments) - 1), f"{title}, forward"):
             run.forward(index)
         for index in self.ctx.progress(range(len(run.stream.segments) - 1, -1, -1), f"{title}, backward"):
             run.backward(index)
-            if math.fsum(run.kl) / len(run.kl) >= below:
-                return [(kl, {}) for kl in run.kl]
         return list(zip(run.kl, run.slopes, strict=True))
 
     def log_p(self, batch: int) -> Tensor:

@@ -23,6 +23,7 @@ from gammac.ir import Module, Op, Value
 from gammac.passes.by_segment import collect_by_segment
 from gammac.passes.input_magnitudes import InputMagnitudes
 from gammac.passes.scale_sites import NORMS, Site, find_sites, fold_scales
+from gammac.passes.sensitivity.scores import check_range
 from gammac.pipeline import Context, Invariant
 
 SMALLEST: Final = 1e-5
@@ -40,10 +41,12 @@ class SmoothQuant:
     ensures: ClassVar[tuple[Invariant, ...]] = ()
     alpha: float = 0.85
 
+    def __post_init__(self) -> None:
+        """Raises CompileError for an `alpha` outside 0 … 1."""
+        check_range(self.name, "alpha", self.alpha, 0, 1)
+
     def run(self, module: Module, ctx: Context) -> Module:
-        """Raises CompileError for an `alpha` outside 0 … 1, a module smoothed before, or without text."""
-        if not 0 <= self.alpha <= 1:
-            raise CompileError(f"smooth_quant: alpha={self.alpha}", hint="alpha lies between 0 and 1")
+        """Raises CompileError for a module smoothed before, or without text."""
         sites = {s.value: s for s in find_sites(module, self.name) if s.source.name in NORMS}
         if not sites:
             raise CompileError(

@@ -94,7 +94,7 @@ class Sparsify:
         errors: list[tuple[float, float]] = []
         for index in ctx.progress(range(len(blocks.models.segments) - 1), f"sparsifying ({self.method})"):
             blocks.models.advance_teacher(index, blocks.dense)
-            found = ctx.cache.record(key_of(key, str(index)), partial(blocks.learn, index))
+            found = ctx.cache.record(key_of(key, str(index)), partial(blocks.learn, index), ctx.store)
             blocks.adopt(found)
             blocks.models.advance_student(index, blocks.current)
             if "learnt" in found:

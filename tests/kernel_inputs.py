@@ -58,7 +58,7 @@ def quantized_inputs(x: Any, layout: Layout) -> tuple[dict[str, Any], Any]:
     inverse = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0)
     codes = np.rint(parts * inverse[..., None]).astype(np.int8)
     scales = largest * np.float32(1 / 127)
-    flat = np.zeros((tokens, layout.padded_columns), np.int8)
+    flat = np.zeros((tokens, layout.padded(columns)), np.int8)
     flat[:, :columns] = codes.reshape(tokens, -1)[:, :columns]
     meant = (codes * scales[..., None].astype(np.float64)).reshape(tokens, -1)[:, :columns]
     return {"x_codes": flat, "x_scales": scales, "x_sums": codes.sum(-1, dtype=np.int32)}, meant

@@ -34,12 +34,12 @@ def kill_at(record: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """From now on the cache raises KeyboardInterrupt at its new record number `record`; the records' keys."""
     original, keys = PassCache.record, list[str]()
 
-    def dying(self: PassCache, key: str, compute: Any) -> dict[str, Any]:
+    def dying(self: PassCache, key: str, compute: Any, *store: Any) -> dict[str, Any]:
         if not self.has_record(key):
             keys.append(key)
             if len(keys) == record:
                 raise KeyboardInterrupt
-        return original(self, key, compute)
+        return original(self, key, compute, *store)
 
     monkeypatch.setattr(PassCache, "record", dying)
     return keys

@@ -1,6 +1,7 @@
 """The command line, as a user types it: the main job on the embedded model, and every user's mistake."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -282,6 +283,34 @@ def test_only_a_dry_run_needs_no_folder(gammac: Run) -> None:
     assert refused.exit_code == 2 and "Missing option '-o' / '--out'" in refused.output
 
 
+def test_a_recipe_compiles_where_its_time_is_not_known(gammac: Run, tmp_path: Path) -> None:
+    limit = ["--max-loss", "1", "--objective", "latency"]
+    fails(gammac("compile", "tiny", "--recipe", "fast", "--dry-run", *limit), "a dry run makes none")
+    said = gammac("compile", "tiny", "--recipe", "fast", *limit, *QUICK, "-o", tmp_path / "out")
+    assert said.exit_code == 0 and "recipe fast: what it takes is not known beforehand" in said.stdout
+    known = gammac("compile", "tiny", "--recipe", "fast", *QUICK, "-o", tmp_path / "known")
+    assert re.search(r"recipe fast: about \d+ s", known.stdout)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["compile", "tiny", "--calibration-windows", "0"],
+        ["compile", "tiny", "--calibration-length", "1"],
+        ["eval", "out", "--windows", "0"],
+        ["eval", "out", "--limit", "0"],
+        ["bench", "out", "--rounds", "0"],
+        ["run", "out", "--prompt", "a", "--top-k", "-1"],
+        ["run", "out", "--prompt", "a", "--max-new-tokens", "0"],
+        ["run", "out", "--prompt", "a", "--temperature", "-1"],
+        ["run", "out", "--prompt", "a", "--top-p", "0"],
+    ],
+)
+def test_numbers_out_of_range_are_refused_at_once(gammac: Run, arguments: list[str]) -> None:
+    refused = gammac(*arguments)
+    assert refused.exit_code == 2 and f"Invalid value for '{arguments[-2]}'" in refused.output
+
+
 def test_lists(gammac: Run) -> None:
     assert "smollm2-135m" in gammac("zoo", "list").stdout
     assert gammac("zoo", "fetch", "tiny").stdout.strip().endswith("tiny")
@@ -306,9 +335,12 @@ def test_lists(gammac: Run) -> None:
         (["--formats", "w9g64"], ["w9g64", "write w4g64"]),
         (["--quantizer", "awq2"], ["no quantizer 'awq2'", "gptq"]),
         (["--activations", "a9"], ["'a9' is no activation format", "a8token"]),
-        (["--smooth-quant", "--smooth-alpha", "2"], ["alpha=2.0", "between 0 and 1"]),
+        (["--smooth-quant", "--smooth-alpha", "2"], ["alpha=2.0", "at least 0 and at most 1"]),
         (["--strategy", "gama"], ["no strategy 'gama'", "fisher"]),
         (["--strategy", "fisher{window=3}"], ["fisher: no option 'window=3'", "windows"]),
+        (["--strategy", "gamma{target=9}"], ["gamma: target=9", "between 2 and 8"]),
+        (["--strategy", "greedy_kl{windows=0}"], ["greedy_kl: windows=0", "at least 1"]),
+        (["--strategy", "amq{initial=0}"], ["amq: initial=0", "at least 2"]),
         (["--calibration", "nowhere.txt"], ["nowhere.txt can't be read"]),
     ],
 )

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -534,9 +533,9 @@ def test_interactions_are_what_they_say(
     original = KlGradient.measure_each
 
     def measure_each(
-        self: KlGradient, allocations: Sequence[Formats], title: str, below: float = math.inf
+        self: KlGradient, allocations: Sequence[Formats], title: str
     ) -> list[tuple[float, Slopes]]:
-        found = original(self, allocations, title, below)
+        found = original(self, allocations, title)
         seen.extend((dict(f), slopes) for f, (_, slopes) in zip(allocations, found, strict=True))
         return found
 

@@ -133,7 +133,7 @@ def kl_of(module: Module, ctx: Context) -> float:
     """On tokens that nothing was learnt from."""
     tokens = torch.randint(0, VOCAB, (8, 24), generator=torch.Generator().manual_seed(2))
     formats = {n: str(w.attrs["format"]) for n, w in module.weights.items() if "format" in w.attrs}
-    return KlGradient(module, tokens, ctx).measure(formats, "", 0.0)[0]
+    return KlGradient(module, tokens, ctx).measure(formats, "")[0]
 
 
 @pytest.mark.parametrize("learn", [LEARN, MIXED], ids=["sign", "gumbel"])

@@ -91,7 +91,7 @@ def test_a_channel_of_zeros_keeps_its_scale() -> None:
 def test_smoothing_twice_or_wrongly_is_refused(module: Module, ctx: Context) -> None:
     with pytest.raises(CompileError, match="smoothed already"):
         smoothed(smoothed(module, ctx), ctx)
-    with pytest.raises(CompileError, match="between 0 and 1"):
+    with pytest.raises(CompileError, match="at least 0 and at most 1"):
         smoothed(module, ctx, 1.5)
     with pytest.raises(CompileError, match="captured function alone"):
         SmoothQuant().run(InsertKvCache().run(module, ctx), ctx)

@@ -416,6 +416,11 @@ def test_nothing_to_measure_on_is_refused(gammac: Gammac, tmp_path: Path) -> Non
     assert result.exit_code == 1 and "give --text FILE or --tasks DIR" in result.stderr
 
 
+def test_what_no_emitter_runs_can_be_studied(gammac: Gammac, place: Path, tmp_path: Path) -> None:
+    planned = gammac(*asked(place), "-o", tmp_path / "out", "--target", "reference", "--dry-run")
+    assert planned.exit_code == 0 and "(dry run): about" in planned.stdout, planned.output
+
+
 # ---- estimates ----------------------------------------------------------------------------------
 
 

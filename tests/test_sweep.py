@@ -4,6 +4,7 @@ import importlib.util
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,19 @@ def test_only_strategies_that_read_the_seed_run_for_each(cache: Path, swept: Pat
     assert found.text == "the calibration text" and "give --text FILE" in to_markdown(found)
 
 
+def test_each_seed_is_tried_on_weights_that_it_turned(cache: Path, swept: Path) -> None:
+    """A random rotation reads the seed, so that candidates differ: the last seed's serve no other."""
+    choices = Choices(quantizer="rtn", incoherence="hadamard")
+    request = Request("tiny", calibration_windows=4, calibration_length=128, choices=choices, backend="tvm")
+    alone = [
+        run_sweep(SweepRequest(replace(request, seed=s), ("weight_mse",), ("2.5",), (s,), windows=1), cache)
+        for s in (0, 7)
+    ]
+    found = run_sweep(SweepRequest(request, ("weight_mse",), ("2.5",), (0, 7), windows=1), cache)
+    assert [r.seed for r in found.rows] == [0, 7] and found.rows[0].kl != found.rows[1].kl
+    assert [(r.kl, r.assignment) for r in found.rows] == [(s.rows[0].kl, s.rows[0].assignment) for s in alone]
+
+
 def test_a_strategy_that_reads_the_budget_scores_for_each(
     cache: Path, swept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,6 +224,7 @@ def test_the_cut_is_before_quantize() -> None:
         (["--budgets", "2.5,lots"], ["'lots' is no budget"]),
         (["--budgets", "3,1.5"], ["the smallest possible is 2.000 payload bits"]),
         (["--seeds", "0,x"], ["'x' is no seed", "--seeds 0,1,2"]),
+        (["--seeds", "²"], ["'²' is no seed"]),
         (["--text", "nowhere.txt"], ["nowhere.txt can't be read"]),
         (["--target", "tpu"], ["no target 'tpu'"]),
     ],

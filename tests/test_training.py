@@ -67,7 +67,6 @@ def test_the_step_is_the_largest_magnitude_over_the_largest_code() -> None:
 def test_sensitivity_is_a_weighed_sum_and_standardising_makes_its_terms_comparable() -> None:
     assert sensitivity.sensitivity(2.0, 3.0, 0.25, 0.5) == 2.0
     assert sensitivity.gradient_variance(torch.tensor([1.0, 3.0])) == 1.0
-    assert sensitivity.activation_error(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 4.0])) == 1.5
     layers = {"a": sensitivity.Layer(1e-9, 4.0, 10, 0.2), "b": sensitivity.Layer(3e-9, 4.0, 30, 0.2, 1.0)}
     found = sensitivity.sensitivities(layers, 1, 1, 1)
     assert found == {"a": pytest.approx(0.5 + 0.5), "b": pytest.approx(1.5 + 1.5 + 1.0)}

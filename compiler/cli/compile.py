@@ -33,7 +33,7 @@ class StrategyOption(click.Option):
         return super().get_help_record(ctx)
 
 
-WHAT_CODES_ARE: Final = ("formats", "quantizer", "activations", "sparsity")
+WHAT_CODES_ARE: Final = ("formats", "group_size", "symmetric", "quantizer", "activations", "sparsity")
 
 
 @click.command("compile")
@@ -141,14 +141,13 @@ def compile_command(**options: Any) -> None:
     request = request_of(options, budget, options["seed"], **chosen)
     with ERR.status("capturing the model"):
         plan = make_plan(request, options["cache"])
-    if options["dry_run"] or options["recipe"]:
+    if options["dry_run"]:
         from gammac.dryrun import estimate
 
-        found = estimate(plan)
-        if options["dry_run"]:
-            OUT.print(tables.estimate(plan, found))
-            return
-        OUT.print(f"recipe {options['recipe']}: {tables.expected_time(found)}", highlight=False)
+        OUT.print(tables.estimate(plan, estimate(plan)))
+        return
+    if options["recipe"]:
+        OUT.print(f"recipe {options['recipe']}: {_expected_time(plan)}", highlight=False)
     observers = [_dumper(options["dump_ir"])] if options["dump_ir"] else []
     compiled = compile_model(
         plan,
@@ -160,6 +159,16 @@ def compile_command(**options: Any) -> None:
     if options["timings"]:
         OUT.print(tables.timings(compiled.steps))
     _print_compiled(plan, compiled)
+
+
+def _expected_time(plan: "Plan") -> str:
+    from gammac import tables
+    from gammac.dryrun import NoEstimate, estimate
+
+    try:
+        return tables.expected_time(estimate(plan))
+    except NoEstimate:
+        return "what it takes is not known beforehand"
 
 
 def _follow_recipe(options: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gammac.cli.console import OUT, show_progress
+from gammac.cli.options import CALIBRATION_LENGTH, CALIBRATION_WINDOWS
 from gammac.diagnostics import CompileError
 
 if TYPE_CHECKING:
@@ -95,8 +96,8 @@ def diff(before: Path, after: Path) -> None:
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="A .gir file (default: print).")
 @click.option("--target", default="cpu", show_default=True)
 @click.option("--calibration", type=click.Path(path_type=Path), help="For passes that read text.")
-@click.option("--calibration-windows", default=128, show_default=True)
-@click.option("--calibration-length", default=512, show_default=True)
+@CALIBRATION_WINDOWS
+@CALIBRATION_LENGTH
 @click.option(
     "--tokenizer", type=click.Path(path_type=Path), help="The model's folder, to read calibration text."
 )

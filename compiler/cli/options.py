@@ -11,6 +11,30 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+
+class QuantizerOption(click.Option):
+    """Its help lists the quantizers, which import torch: they are read only when help is asked for."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """What `--help` prints."""
+        from gammac.formats import INTEGER
+        from gammac.passes.quantizers import QUANTIZERS
+
+        integer = [name for name, q in QUANTIZERS.items() if INTEGER in q.kinds]
+        own = [name for name in QUANTIZERS if name not in integer]
+        self.help = (
+            f"For integers: {', '.join(integer)}; for formats of their own: {', '.join(own)}. Options as in "
+            "quip:greedy=9."
+        )
+        return super().get_help_record(ctx)
+
+
+CALIBRATION_WINDOWS: Final = click.option(
+    "--calibration-windows", type=click.IntRange(1), default=128, show_default=True
+)
+CALIBRATION_LENGTH: Final = click.option(
+    "--calibration-length", type=click.IntRange(2), default=512, show_default=True, help="Tokens in a window."
+)
 OPTIONS: Final = (
     click.option("--target", default="cpu", show_default=True, help="A target's name, or a .toml file."),
     click.option(
@@ -27,13 +51,7 @@ OPTIONS: Final = (
         help="Group size where --formats is not given: 32, 64, 96, 128, channel.",
     ),
     click.option("--symmetric", is_flag=True, help="No zero points, where --formats is not given."),
-    click.option(
-        "--quantizer",
-        default="gptq",
-        show_default=True,
-        help="gptq, rtn, awq or quip for integers; nf, icq, db_llm, pb_llm, billm for formats of their own. "
-        "Options as in quip:greedy=9.",
-    ),
+    click.option("--quantizer", cls=QuantizerOption, default="gptq", show_default=True),
     click.option(
         "--clip",
         type=click.Choice(["mse", "none"]),
@@ -97,8 +115,8 @@ OPTIONS: Final = (
         type=click.Path(path_type=Path),
         help="Calibration text (default: the one that gammac ships).",
     ),
-    click.option("--calibration-windows", default=128, show_default=True),
-    click.option("--calibration-length", default=512, show_default=True, help="Tokens in a window."),
+    CALIBRATION_WINDOWS,
+    CALIBRATION_LENGTH,
     click.option(
         "--cache",
         type=click.Path(path_type=Path),

@@ -21,10 +21,24 @@ ADAPTERS: Final = click.option(
 @click.command()
 @ARTIFACT
 @click.option("--prompt", required=True)
-@click.option("--max-new-tokens", default=128, show_default=True)
-@click.option("--temperature", default=0.0, show_default=True, help="0: always the likeliest token.")
-@click.option("--top-k", default=0, show_default=True)
-@click.option("--top-p", default=1.0, show_default=True)
+@click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0),
+    default=0.0,
+    show_default=True,
+    help="0: always the likeliest token.",
+)
+@click.option(
+    "--top-k", type=click.IntRange(0), default=0, show_default=True, help="Of so many tokens; 0: of all."
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Of the likeliest that have this share.",
+)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--chat/--no-chat", default=None, help="Use the chat template (default: if there is one).")
 @ADAPTERS
@@ -52,12 +66,18 @@ def run(
 @click.command("eval")
 @ARTIFACT
 @click.option("--text", type=click.Path(path_type=Path), help="A text for perplexity.")
-@click.option("--windows", default=100, show_default=True, help="Windows of 1024 tokens; the first N.")
+@click.option(
+    "--windows",
+    type=click.IntRange(1),
+    default=100,
+    show_default=True,
+    help="Windows of 1024 tokens; the first N.",
+)
 @click.option("--reference", help="A model to compare with: KL divergence and agreement of the top token.")
 @click.option(
     "--task", "tasks", multiple=True, type=click.Path(path_type=Path), help="A zero-shot task (.jsonl)."
 )
-@click.option("--limit", type=int, help="Only the first examples of each task.")
+@click.option("--limit", type=click.IntRange(1), help="Only the first examples of each task.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @ADAPTERS
 @THREADS
@@ -88,7 +108,7 @@ def eval_command(
     "--vs", "peers", help="Runtimes or paths to compare with: llama.cpp:Q4_0,openvino,onnxruntime,…"
 )
 @click.option("--model", help="What a peer's model is built from.  [default: the artifact's, if in the zoo]")
-@click.option("--rounds", default=5, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @THREADS
 def bench_command(

@@ -87,7 +87,7 @@ def parts(text: str) -> tuple[str, ...]:
 
 
 def _seed(text: str) -> int:
-    if not text.isdigit():
+    if not text.isdecimal():
         raise CompileError(f"{text!r} is no seed", hint="write --seeds 0,1,2")
     return int(text)
 

@@ -142,7 +142,7 @@ def prepare(wish: StudyRequest, cache: Path | None = None, progress: Progress = 
         raise CompileError("nothing to measure rows on", hint="give --text FILE or --tasks DIR")
     _refuse_texts(wish.texts)
     tasks = [read_task(path, wish.items) for path in _task_files(wish.tasks)]
-    plan = make_plan(FULL_ROW.request(wish.request), cache)
+    plan = make_plan(FULL_ROW.request(wish.request), cache, artifact=False)
     demand_predictions(plan, "a study")
     for row in wish.rows:
         if not row.lacking:

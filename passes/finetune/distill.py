@@ -76,7 +76,7 @@ class Distill:
         trainer = _Trainer(self, module, tokens, ctx)
         before = trainer.error()
         for start in ctx.progress(range(0, self.steps, CHUNK), "distilling"):
-            found = ctx.cache.record(key_of(key, str(start)), partial(trainer.train, start))
+            found = ctx.cache.record(key_of(key, str(start)), partial(trainer.train, start), ctx.store)
             trainer.restore(found["state"])
         after = trainer.error()
         report = {"before": rounded(before), "after": rounded(min(before, after))}

@@ -75,7 +75,7 @@ class LearnRounding:
         errors: list[tuple[float, float]] = []
         for index in ctx.progress(range(len(learner.models.segments) - 1), "learning to round"):
             learner.models.advance_teacher(index, learner.full)
-            found = ctx.cache.record(key_of(key, str(index)), partial(learner.learn, index))
+            found = ctx.cache.record(key_of(key, str(index)), partial(learner.learn, index), ctx.store)
             learner.adopt(found["digests"])
             learner.models.advance_student(index, learner.allocated)
             if "before" in found:

@@ -34,7 +34,7 @@ from gammac.passes.sensitivity.amq_decisions import (
 from gammac.passes.sensitivity.amq_search import Floats, Ints, new_ones, propose
 from gammac.passes.sensitivity.greedy_kl import scored_alone
 from gammac.passes.sensitivity.measured import measured_kl
-from gammac.passes.sensitivity.scores import rounded, scoring_tokens, weights_have_scores
+from gammac.passes.sensitivity.scores import check_range, rounded, scoring_tokens, weights_have_scores
 from gammac.pipeline import Context, Invariant
 from gammac.progress import Progress, no_progress
 
@@ -73,6 +73,15 @@ class Amq:
     per_iteration: int = 10
     widest: int = 4
     pin: float = 2.0
+
+    def __post_init__(self) -> None:
+        """Raises CompileError for options that make no sense."""
+        check_range(self.name, "windows", self.windows, 1)
+        check_range(self.name, "initial", self.initial, 2)
+        check_range(self.name, "iterations", self.iterations, 0)
+        check_range(self.name, "per_iteration", self.per_iteration, 1)
+        check_range(self.name, "widest", self.widest, 1, 16)
+        check_range(self.name, "pin", self.pin, 0)
 
     def run(self, module: Module, ctx: Context) -> Module:
         """Another budget measures nothing again.

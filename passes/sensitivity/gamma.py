@@ -123,6 +123,14 @@ class Gamma:
                 hint="add draws=0,curvature=0, or leave it at fisher",
             )
 
+    def check_target(self, least: float, most: float) -> None:
+        """Raises CompileError for a target that no mixture of formats has: `least` to `most` bits."""
+        if self.target and not least < self.target < most:
+            raise CompileError(
+                f"{self.name}: target={self.target:g}",
+                hint=f"it is between {least:g} and {most:g}, or 0 for midway",
+            )
+
     def run(self, module: Module, ctx: Context) -> Module:
         """Each finished sweep is remembered. Raises CompileError without calibration text or a next token."""
         tokens = scoring_tokens(self.name, self.windows, module, ctx)
@@ -197,11 +205,8 @@ def _preferences(options: Gamma, module: Module) -> Preferences:
     shares = {n: w.type.numel() / total for n, w in weights.items()}
     least = sum(shares[n] * min(b) for n, b in bits.items())
     most = sum(shares[n] * max(b) for n, b in bits.items())
-    if weights and options.target and not least < options.target < most:
-        raise CompileError(
-            f"{options.name}: target={options.target:g}",
-            hint=f"it is between {least:g} and {most:g}, or 0 for midway",
-        )
+    if weights:
+        options.check_target(least, most)
     middle = (least + min(most, max(least + 1, NOTEWORTHY))) / 2
     target = options.target or middle
     same = (bits, shares, target, options.memory, options.growth, options.constraint == "augmented")

@@ -19,7 +19,7 @@ from gammac.formats import candidates_of
 from gammac.ir import Module, Weight
 from gammac.passes.candidates import weights_have_candidates
 from gammac.passes.sensitivity.measured import measured_kl
-from gammac.passes.sensitivity.scores import rounded, scoring_tokens, weights_have_scores
+from gammac.passes.sensitivity.scores import check_range, rounded, scoring_tokens, weights_have_scores
 from gammac.pipeline import Context, Invariant
 from gammac.trials import Assignment
 
@@ -36,6 +36,10 @@ class GreedyKl:
     requires: ClassVar[tuple[Invariant, ...]] = (weights_have_candidates,)
     ensures: ClassVar[tuple[Invariant, ...]] = (weights_have_scores,)
     windows: int = 2
+
+    def __post_init__(self) -> None:
+        """Raises CompileError for options that make no sense."""
+        check_range(self.name, "windows", self.windows, 1)
 
     def run(self, module: Module, ctx: Context) -> Module:
         """Raises CompileError without calibration text, or for an encoder, which has no next token."""

@@ -26,11 +26,6 @@ def gradient_variance(gradient: Tensor) -> float:
     return float(gradient.var(unbiased=False))
 
 
-def activation_error(values: Tensor, quantized: Tensor) -> float:
-    """E|A_l − Q(A_l)|, in units of the activations."""
-    return float((values - quantized).abs().mean())
-
-
 def attention_distortion(scores: Tensor, quantized: Tensor) -> float:
     """Mean KL(p ‖ q) in nats over queries: p and q are rows of attention probabilities [..., keys] of the
     full-precision and of the quantized layer. Our reading of "attention score distortion"."""

@@ -157,14 +157,9 @@ class Layout:
         """Scales in a row."""
         return ceil_div(self.columns, self.group)
 
-    @property
-    def padded_columns(self) -> int:
-        """Length of a row of quantized activations."""
-        return self.padded(self.columns)
-
     @staticmethod
     def padded(columns: int) -> int:
-        """A number of inputs, rounded up to the largest superstep."""
+        """Length of a row of quantized activations: its inputs, rounded up to the largest superstep."""
         return ceil_div(columns, PADDING) * PADDING
 
     @cached_property
