@@ -123,7 +123,10 @@ class Trainer:
         self._note(step, float(loss.detach()), masks)
 
     def _move(self, gradients: Mapping[str, Tensor], at: Clock) -> None:
-        """Adam, gradients clipped together; decay is scaled by the second moment but no part of the first."""
+        """Adam, gradients clipped together; decay is scaled by the second moment but no part of the first.
+
+        Decay takes no weight past zero, however small its gradients have been.
+        """
         taken = {n: gradients[n] * self.frozen.get(n, 1.0) for n in self.first if n in gradients}
         if not taken:
             return
@@ -138,8 +141,10 @@ class Trainer:
             weight = self.problem.parameters[name]
             sparse = name in self.sparse and not self.frozen
             pull = self.method.pull(name, weight, at) if sparse else None
-            step = step if pull is None else step + pull
             size = (self.second[name] / (1 - BETAS[1] ** since)).sqrt() + EPSILON
+            if pull is not None:
+                most = weight.abs()
+                weight.sub_((rate * pull / size).clamp(-most, most))
             weight.sub_(rate * step / size)
 
     def _schedule(self, step: int) -> float:
