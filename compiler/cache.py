@@ -62,8 +62,8 @@ class PassCache:
             module = parse(path.read_text(), str(path))
         except (CompileError, UnicodeDecodeError):  # a damaged entry costs time, never a wrong result
             return None
-        attrs = ((w.digest, w.attrs) for w in module.weights.values())
-        return module if all(d in ctx.store for own, a in attrs for d in (own, *_digests_in(a))) else None
+        needed = (d for w in module.weights.values() for d in (w.digest, *_digests_in(w.attrs)))
+        return module if all(digest in ctx.store for digest in needed) else None
 
     def record(
         self, key: str, compute: Callable[[], dict[str, Any]], store: WeightStore | None = None

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,6 +42,15 @@ def test_lines_of_the_test_come_from_other_files_and_are_no_comments(tmp_path: P
     assert [path.read_bytes() for path in source_lines.write(tmp_path / "again", 40)] == [
         train.read_bytes(), test.read_bytes(),
     ]  # fmt: skip
+
+
+def test_sweeps_of_other_formats_are_refused(tmp_path: Path) -> None:
+    from predicted_kl import main as predicted_kl
+
+    sweep = tmp_path / "sweep.json"
+    sweep.write_text(json.dumps({"rows": [], "options": {"block": "w2g64+w8g64"}}))
+    refused = CliRunner().invoke(predicted_kl, ["tiny", str(sweep), "--calibration", str(sweep)])
+    assert refused.exit_code == 2 and "sweeps of w8g64: only" in refused.output
 
 
 def test_scores_that_predict_exactly_and_scores_that_are_twice_as_large() -> None:

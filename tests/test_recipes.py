@@ -42,7 +42,8 @@ def test_the_best_is_trellis_codes_where_a_kernel_reads_them() -> None:
         found = chosen("--recipe", "best", "--target", target, "--backend", "tvm")
         assert {name: found[name] for name in BEST_TRELLIS} == BEST_TRELLIS and not found["learn_rounding"]
     # RISC-V's target lists no such kernel, and who chooses formats gets a quantizer of those
-    for more in (("--target", "edge-riscv64-k1"), ("--target", "cuda", "--formats", "w3g64")):
+    chosen_formats = (("--formats", "w3g64"), ("--group-size", "32"), ("--symmetric",))
+    for more in (("--target", "edge-riscv64-k1"), *(("--target", "cuda", *f) for f in chosen_formats)):
         found = chosen("--recipe", "best", *more)
         assert load_target(found["target"]).emitter == "tvm"
         assert found["quantizer"] == "gptq" and found["learn_rounding"] and not found["rotate"]

@@ -7,7 +7,7 @@ import click
 
 from gammac.cli.console import ERR, OUT, show_progress
 from gammac.cli.limits import limit_options, limits_of
-from gammac.cli.options import request_of, shared_options
+from gammac.cli.options import LateHelp, request_of, shared_options
 
 if TYPE_CHECKING:
     from gammac.driver import Compiled, Plan
@@ -22,15 +22,10 @@ CHOSEN: Final = (
 BUDGET: Final = "3"
 
 
-class StrategyOption(click.Option):
-    """Its help lists the strategies, which import torch: they are read only when help is asked for."""
+def _strategies() -> str:
+    from gammac.passes.sensitivity import STRATEGIES
 
-    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        """What `--help` prints."""
-        from gammac.passes.sensitivity import STRATEGIES
-
-        self.help = f'How modules are scored: {", ".join(STRATEGIES)}; options as in "fisher{{windows=32}}".'
-        return super().get_help_record(ctx)
+    return f'How modules are scored: {", ".join(STRATEGIES)}; options as in "fisher{{windows=32}}".'
 
 
 WHAT_CODES_ARE: Final = ("formats", "group_size", "symmetric", "quantizer", "activations", "sparsity")
@@ -54,7 +49,7 @@ WHAT_CODES_ARE: Final = ("formats", "group_size", "symmetric", "quantizer", "act
     "trellis codes, allocated by fisher, where TVM runs them; else gamma on guided Gram matrices and "
     "learned rounding; then distillation). What you choose yourself holds.",
 )
-@click.option("--strategy", cls=StrategyOption, default="gamma", show_default=True)
+@click.option("--strategy", cls=LateHelp, late=_strategies, default="gamma", show_default=True)
 @click.option(
     "--inputs",
     type=click.Choice(["full", "quantized"]),

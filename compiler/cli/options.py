@@ -12,21 +12,27 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-class QuantizerOption(click.Option):
-    """Its help lists the quantizers, which import torch: they are read only when help is asked for."""
+class LateHelp(click.Option):
+    """Help that lists what imports torch: `late` makes it, only when help is asked for."""
+
+    def __init__(self, *names: Any, late: Callable[[], str], **settings: Any) -> None:
+        super().__init__(*names, **settings)
+        self.late = late
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
         """What `--help` prints."""
-        from gammac.formats import INTEGER
-        from gammac.passes.quantizers import QUANTIZERS
-
-        integer = [name for name, q in QUANTIZERS.items() if INTEGER in q.kinds]
-        own = [name for name in QUANTIZERS if name not in integer]
-        self.help = (
-            f"For integers: {', '.join(integer)}; for formats of their own: {', '.join(own)}. Options as in "
-            "quip:greedy=9."
-        )
+        self.help = self.late()
         return super().get_help_record(ctx)
+
+
+def _quantizers() -> str:
+    from gammac.formats import INTEGER
+    from gammac.passes.quantizers import QUANTIZERS
+
+    integer = [name for name, q in QUANTIZERS.items() if INTEGER in q.kinds]
+    own = [name for name in QUANTIZERS if name not in integer]
+    listed = f"For integers: {', '.join(integer)}; for formats of their own: {', '.join(own)}."
+    return f"{listed} Options as in quip:greedy=9."
 
 
 CALIBRATION_WINDOWS: Final = click.option(
@@ -51,7 +57,7 @@ OPTIONS: Final = (
         help="Group size where --formats is not given: 32, 64, 96, 128, channel.",
     ),
     click.option("--symmetric", is_flag=True, help="No zero points, where --formats is not given."),
-    click.option("--quantizer", cls=QuantizerOption, default="gptq", show_default=True),
+    click.option("--quantizer", cls=LateHelp, late=_quantizers, default="gptq", show_default=True),
     click.option(
         "--clip",
         type=click.Choice(["mse", "none"]),
